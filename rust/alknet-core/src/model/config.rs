@@ -1,0 +1,290 @@
+//! `config.json` of a Llama-type decoder, and its rotary frequencies.
+//!
+//! Field names and defaults are those of Transformers' `LlamaConfig`. `candle-transformers` has a
+//! structure of the same name, but it knows neither `head_dim`, biases nor the linear, dynamic and
+//! YaRN kinds of RoPE scaling.
+
+use std::{f64::consts::PI, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Shape of a Llama-type decoder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LlamaConfig {
+    /// Architecture name; `llama` and its equals are accepted (see [`LlamaConfig::validate`]).
+    #[serde(default = "default_model_type")]
+    pub model_type: String,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward network.
+    pub intermediate_size: usize,
+    /// Number of token ids.
+    pub vocab_size: usize,
+    /// Number of blocks of the whole model (a packed file may hold fewer).
+    pub num_hidden_layers: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key/value heads; each serves `num_attention_heads / num_key_value_heads` query heads.
+    #[serde(default)]
+    pub num_key_value_heads: Option<usize>,
+    /// Width of one head; `hidden_size / num_attention_heads` when absent.
+    #[serde(default)]
+    pub head_dim: Option<usize>,
+    /// ε of RMSNorm.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    #[serde(default = "default_rope_theta")]
+    pub rope_theta: f64,
+    /// Scaling of the rotary frequencies, `None` for plain RoPE.
+    #[serde(default)]
+    pub rope_scaling: Option<RopeScaling>,
+    /// Most positions the model was made for.
+    pub max_position_embeddings: usize,
+    /// Activation of the gate; only `silu` is supported.
+    #[serde(default = "default_hidden_act")]
+    pub hidden_act: String,
+    /// Whether the attention projections have biases.
+    #[serde(default)]
+    pub attention_bias: bool,
+    /// Whether the feed-forward projections have biases.
+    #[serde(default)]
+    pub mlp_bias: bool,
+    /// Whether the output embedding is the input embedding. No LM head is ever run here.
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    /// Token put in front of every text, as an attention sink.
+    #[serde(default)]
+    pub bos_token_id: Option<u32>,
+}
+
+fn default_model_type() -> String {
+    "llama".into()
+}
+
+fn default_rope_theta() -> f64 {
+    10_000.0
+}
+
+fn default_hidden_act() -> String {
+    "silu".into()
+}
+
+/// `rope_scaling` of `config.json`; older files call the kind `type`, newer ones `rope_type`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "rope_type", rename_all = "lowercase")]
+pub enum RopeScaling {
+    /// No scaling.
+    Default,
+    /// Every frequency divided by `factor` (position interpolation).
+    Linear {
+        /// Ratio of the new to the trained context length.
+        factor: f64,
+    },
+    /// NTK-aware scaling of the base. It acts only beyond `max_position_embeddings`, which
+    /// is never exceeded here, so it equals no scaling.
+    Dynamic {
+        /// Ratio of the new to the trained context length.
+        factor: f64,
+    },
+    /// Llama 3: low frequencies divided by `factor`, high ones kept, a smooth blend between.
+    Llama3 {
+        /// Ratio of the new to the trained context length.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` are scaled fully.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// Trained context length.
+        original_max_position_embeddings: usize,
+    },
+    /// YaRN (Peng et al. 2023): a ramp between interpolation and extrapolation, and a temperature.
+    Yarn {
+        /// Ratio of the new to the trained context length.
+        factor: f64,
+        /// Trained context length; `max_position_embeddings / factor` when absent.
+        #[serde(default)]
+        original_max_position_embeddings: Option<usize>,
+        /// Rotations above which a frequency is kept.
+        #[serde(default = "default_beta_fast")]
+        beta_fast: f64,
+        /// Rotations below which a frequency is interpolated.
+        #[serde(default = "default_beta_slow")]
+        beta_slow: f64,
+        /// Factor on cosines and sines; `0.1 ln(factor) + 1` when absent.
+        #[serde(default)]
+        attention_factor: Option<f64>,
+    },
+}
+
+fn default_beta_fast() -> f64 {
+    32.0
+}
+
+fn default_beta_slow() -> f64 {
+    1.0
+}
+
+/// Rotary frequencies: angle of pair `i` at position `p` is `p · inv_freq[i]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RotaryFrequencies {
+    /// `[head_dim / 2]`.
+    pub inv_freq: Vec<f64>,
+    /// Factor on cosines and sines (1 except for YaRN).
+    pub attention_factor: f64,
+}
+
+impl LlamaConfig {
+    /// Reads and validates `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::ModelLoad`] naming the field that is missing, unknown or out of range.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path)
+            .map_err(|error| Error::model(path, format!("cannot be read: {error}")))?;
+        Self::from_json(path, &bytes)
+    }
+
+    /// Parses and validates the bytes of `config.json`; `path` is only for messages.
+    ///
+    /// # Errors
+    /// [`Error::ModelLoad`] as for [`LlamaConfig::from_file`].
+    pub fn from_json(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let mut json: serde_json::Value = serde_json::from_slice(bytes)
+            .map_err(|error| Error::model(path, format!("not JSON: {error}")))?;
+        rename_rope_type(&mut json);
+        let config: Self = serde_json::from_value(json)
+            .map_err(|error| Error::model(path, format!("not a Llama configuration: {error}")))?;
+        config.validate().map_err(|problem| Error::model(path, problem))?;
+        Ok(config)
+    }
+
+    /// Key/value heads.
+    pub fn num_key_value_heads(&self) -> usize {
+        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    /// Width of one head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
+    }
+
+    /// Checks every size against the others and against limits that bound what is allocated.
+    fn validate(&self) -> std::result::Result<(), String> {
+        let sizes = [
+            ("hidden_size", self.hidden_size, 1 << 16),
+            ("intermediate_size", self.intermediate_size, 1 << 18),
+            ("vocab_size", self.vocab_size, 1 << 21),
+            ("num_hidden_layers", self.num_hidden_layers, 1 << 10),
+            ("num_attention_heads", self.num_attention_heads, 1 << 10),
+            ("num_key_value_heads", self.num_key_value_heads(), 1 << 10),
+            ("head_dim", self.head_dim(), 1 << 10),
+            ("max_position_embeddings", self.max_position_embeddings, 1 << 24),
+        ];
+        for (name, size, limit) in sizes {
+            if size == 0 || size > limit {
+                return Err(format!("{name} is {size}; 1 to {limit} can be loaded"));
+            }
+        }
+        if self.head_dim() % 2 != 0 {
+            return Err(format!("head_dim is {}; rotary embeddings need an even number", self.head_dim()));
+        }
+        if self.num_attention_heads % self.num_key_value_heads() != 0 {
+            return Err(format!(
+                "num_attention_heads {} is not a multiple of num_key_value_heads {}",
+                self.num_attention_heads,
+                self.num_key_value_heads()
+            ));
+        }
+        if self.model_type != "llama" {
+            return Err(format!("model_type {:?} is not supported, only \"llama\"", self.model_type));
+        }
+        if self.hidden_act != "silu" {
+            return Err(format!("hidden_act {:?} is not supported, only \"silu\"", self.hidden_act));
+        }
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        if !positive(self.rms_norm_eps) || !positive(self.rope_theta) {
+            return Err(format!(
+                "rms_norm_eps {} and rope_theta {} must be positive",
+                self.rms_norm_eps, self.rope_theta
+            ));
+        }
+        let frequencies = self.rotary_frequencies();
+        if !frequencies.inv_freq.iter().all(|&f| positive(f)) || !positive(frequencies.attention_factor) {
+            return Err("rope_scaling gives frequencies that are not positive".into());
+        }
+        Ok(())
+    }
+
+    /// Rotary frequencies with this model's scaling.
+    ///
+    /// Source: Transformers `modeling_rope_utils.py`; YaRN, arXiv 2309.00071, section 3.
+    pub fn rotary_frequencies(&self) -> RotaryFrequencies {
+        let dim = self.head_dim();
+        let plain: Vec<f64> =
+            (0..dim / 2).map(|i| self.rope_theta.powf(-(2.0 * i as f64) / dim as f64)).collect();
+        let mut attention_factor = 1.0;
+        let inv_freq = match &self.rope_scaling {
+            None | Some(RopeScaling::Default | RopeScaling::Dynamic { .. }) => plain,
+            Some(RopeScaling::Linear { factor }) => plain.iter().map(|f| f / factor).collect(),
+            Some(RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            }) => {
+                let original = *original_max_position_embeddings as f64;
+                let blend = |&f: &f64| {
+                    let rotations = original * f / (2.0 * PI);
+                    let smooth = (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let smooth = smooth.clamp(0.0, 1.0);
+                    (1.0 - smooth) * f / factor + smooth * f
+                };
+                plain.iter().map(blend).collect()
+            }
+            Some(RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings,
+                beta_fast,
+                beta_slow,
+                attention_factor: given,
+            }) => {
+                attention_factor =
+                    given.unwrap_or(if *factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 });
+                let original = original_max_position_embeddings
+                    .map_or(self.max_position_embeddings as f64 / factor, |n| n as f64);
+                // Index of the pair that makes `rotations` turns over the trained context.
+                let pair = |rotations: f64| {
+                    dim as f64 * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.rope_theta.ln())
+                };
+                let low = pair(*beta_fast).floor().max(0.0);
+                let high = pair(*beta_slow).ceil().min(dim as f64 - 1.0);
+                let width = if high > low { high - low } else { 0.001 };
+                let blend = |(i, f): (usize, &f64)| {
+                    let interpolated = ((i as f64 - low) / width).clamp(0.0, 1.0);
+                    interpolated * f / factor + (1.0 - interpolated) * f
+                };
+                plain.iter().enumerate().map(blend).collect()
+            }
+        };
+        RotaryFrequencies { inv_freq, attention_factor }
+    }
+}
+
+/// Brings the two older spellings of `rope_scaling` to the present one.
+fn rename_rope_type(json: &mut serde_json::Value) {
+    let Some(root) = json.as_object_mut() else { return };
+    // Transformers 5 nests the base as well: {"rope_parameters": {"rope_theta", "rope_type", …}}.
+    if let Some(parameters) = root.remove("rope_parameters").filter(serde_json::Value::is_object) {
+        if let Some(theta) = parameters.get("rope_theta") {
+            root.insert("rope_theta".into(), theta.clone());
+        }
+        root.insert("rope_scaling".into(), parameters);
+    }
+    if let Some(scaling) = root.get_mut("rope_scaling").and_then(serde_json::Value::as_object_mut) {
+        if let Some(kind) = scaling.remove("type") {
+            scaling.entry("rope_type").or_insert(kind);
+        }
+    }
+}

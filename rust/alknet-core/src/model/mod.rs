@@ -1,0 +1,123 @@
+//! Forward pass: `input_ids` to the residual stream at the sites, and nothing after the deepest one.
+//!
+//! [`Backend`] is the whole contract between the pipeline and an engine. Activations are handed to a
+//! [`Sink`] while they are still in cache, so that an engine never stores what nobody asked for.
+
+mod cache;
+pub mod candle;
+pub mod config;
+pub mod weights;
+
+use std::{fmt, str::FromStr};
+
+use crate::error::{Error, Result};
+pub use cache::{KvCache, LayerCache};
+pub use config::LlamaConfig;
+
+/// Index into the tokenizer's vocabulary.
+pub type TokenId = u32;
+
+/// Which tensor of a block is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SiteKind {
+    /// What attention adds to the residual stream.
+    AttnOut,
+    /// What the feed-forward network adds to the residual stream.
+    MlpOut,
+    /// The residual stream after the block.
+    ResidPost,
+}
+
+/// Where activations are read: a zero-based layer and a tensor of it, written `6.resid_post`.
+///
+/// `layer 6, resid_post` is what Transformers calls `hidden_states[7]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Site {
+    /// Zero-based block.
+    pub layer: usize,
+    /// Tensor of that block.
+    pub kind: SiteKind,
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            SiteKind::AttnOut => "attn_out",
+            SiteKind::MlpOut => "mlp_out",
+            SiteKind::ResidPost => "resid_post",
+        };
+        write!(f, "{}.{kind}", self.layer)
+    }
+}
+
+impl FromStr for Site {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let unknown = || {
+            Error::Config(format!(
+                "site {text:?} is not LAYER.KIND with a zero-based layer and resid_post, attn_out or mlp_out"
+            ))
+        };
+        let (layer, kind) = text.split_once('.').ok_or_else(unknown)?;
+        let kind = match kind {
+            "attn_out" => SiteKind::AttnOut,
+            "mlp_out" => SiteKind::MlpOut,
+            "resid_post" => SiteKind::ResidPost,
+            _ => return Err(unknown()),
+        };
+        Ok(Self { layer: layer.parse().map_err(|_| unknown())?, kind })
+    }
+}
+
+/// One sequence of a batch: new tokens, and what was read before them.
+pub struct Sequence<'a> {
+    /// Tokens to read now, after the `cache.len()` tokens that the cache holds.
+    pub input_ids: &'a [TokenId],
+    /// Grows by `input_ids.len()` positions.
+    pub cache: &'a mut KvCache,
+}
+
+/// Takes activations as they are made.
+pub trait Sink {
+    /// Receives `rows` of `sequence` (its index in the batch) at `site` (its index in [`Backend::sites`]).
+    ///
+    /// `first` is the index, within the new `input_ids` of that sequence, of the first row. An engine
+    /// may hand over a sequence in several runs of rows, each run once per site, in order of position.
+    ///
+    /// # Shapes
+    /// - `rows`: `[n, hidden_size]`, row-major, `n ≥ 1`
+    ///
+    /// # Errors
+    /// Whatever the consumer finds wrong, such as a number that is not finite; it ends the pass.
+    fn rows(&mut self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()>;
+}
+
+/// An engine for one model, stopped after its deepest site.
+pub trait Backend: Send + Sync {
+    /// Short name for `doctor` and reports, with the instruction set where that matters.
+    fn name(&self) -> String;
+
+    /// Width of one activation row.
+    fn hidden_size(&self) -> usize;
+
+    /// Most tokens that one sequence may have, cached ones included.
+    fn max_position_embeddings(&self) -> usize;
+
+    /// Sites whose activations a pass hands over, in the order of their indices.
+    fn sites(&self) -> &[Site];
+
+    /// Cache of a sequence that has read nothing yet.
+    fn new_cache(&self) -> KvCache;
+
+    /// Reads the tokens of every sequence, each after what its own cache holds, and hands the
+    /// activations of every site to `sink`.
+    ///
+    /// Sequences are ragged: none is padded and none sees another. The result for one sequence does
+    /// not depend on the others, within the engine's stated tolerance.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for token ids outside the vocabulary or more positions than the model has,
+    /// [`Error::Inference`] when the engine fails. The caches are then unspecified and must be dropped.
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()>;
+}

@@ -1,0 +1,241 @@
+//! Packed weights: a memory-mapped safetensors file, widened to fp32 on demand.
+//!
+//! Matrices keep the format they came in. Plain ones are ordinary safetensors tensors (`F32`, `F16`,
+//! `BF16`). Quantised ones are `U8` tensors of shape `[rows, row_bytes]` holding ggml blocks, each row
+//! a whole number of blocks; the metadata entry `ggml` maps their names to the block type. Names are
+//! those of the Hugging Face checkpoint, and the rotary halves are in its order.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use candle_core::quantized::GgmlDType;
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::error::{Error, Result};
+
+/// How the numbers of a tensor are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of a 32-bit float.
+    Bf16,
+    /// ggml blocks.
+    Ggml(GgmlDType),
+}
+
+impl Format {
+    /// Bytes of one row of `cols` numbers; `None` when `cols` is no whole number of blocks.
+    pub fn row_bytes(self, cols: usize) -> Option<usize> {
+        match self {
+            Self::F32 => Some(cols * 4),
+            Self::F16 | Self::Bf16 => Some(cols * 2),
+            Self::Ggml(kind) => {
+                (cols % kind.block_size() == 0).then(|| cols / kind.block_size() * kind.type_size())
+            }
+        }
+    }
+}
+
+/// The block types that packed files may hold, by the names used in their metadata.
+const GGML_NAMES: [(&str, GgmlDType); 10] = [
+    ("q4_0", GgmlDType::Q4_0),
+    ("q4_1", GgmlDType::Q4_1),
+    ("q5_0", GgmlDType::Q5_0),
+    ("q5_1", GgmlDType::Q5_1),
+    ("q8_0", GgmlDType::Q8_0),
+    ("q2_k", GgmlDType::Q2K),
+    ("q3_k", GgmlDType::Q3K),
+    ("q4_k", GgmlDType::Q4K),
+    ("q5_k", GgmlDType::Q5K),
+    ("q6_k", GgmlDType::Q6K),
+];
+
+/// Name of a block type in packed files.
+pub fn ggml_name(kind: GgmlDType) -> Option<&'static str> {
+    GGML_NAMES.iter().find(|(_, k)| *k == kind).map(|(name, _)| *name)
+}
+
+/// Block type of a name in packed files.
+pub fn ggml_from_name(name: &str) -> Option<GgmlDType> {
+    GGML_NAMES.iter().find(|(n, _)| *n == name).map(|(_, kind)| *kind)
+}
+
+/// A tensor of the file: a matrix, or a vector as one row.
+#[derive(Debug, Clone)]
+pub struct TensorInfo {
+    /// Storage.
+    pub format: Format,
+    /// Number of rows (1 for vectors).
+    pub rows: usize,
+    /// Numbers in one row.
+    pub cols: usize,
+    bytes: Range<usize>,
+}
+
+/// A mapped weights file.
+#[derive(Debug)]
+pub struct Weights {
+    path: PathBuf,
+    map: Mmap,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl Weights {
+    /// Maps a safetensors file and checks its directory; no number is read yet.
+    ///
+    /// # Errors
+    /// [`Error::ModelLoad`] for a file that is missing, not safetensors, or of an unknown format.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path)
+            .map_err(|error| Error::model(path, format!("cannot be opened: {error}")))?;
+        // SAFETY: the mapping is read-only and private to this value. Another process that truncates
+        // the file meanwhile would make reads fault; detector files are written to a new name and
+        // renamed into place, never changed.
+        #[expect(unsafe_code, reason = "mapping the weights lets processes share them")]
+        let map = unsafe { Mmap::map(&file) }
+            .map_err(|error| Error::model(path, format!("cannot be mapped: {error}")))?;
+        let tensors = directory(&map).map_err(|problem| Error::model(path, problem))?;
+        Ok(Self { path: path.to_owned(), map, tensors })
+    }
+
+    /// The file's bytes, for hashing.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Directory entry of `name`, if the file has it.
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Directory entry of `name`, which must be `[rows, cols]`.
+    ///
+    /// # Errors
+    /// [`Error::ModelLoad`] when it is missing or has another shape.
+    pub fn expect(&self, name: &str, rows: usize, cols: usize) -> Result<&TensorInfo> {
+        let info = self
+            .get(name)
+            .ok_or_else(|| Error::model(&self.path, format!("has no tensor {name:?}")))?;
+        if (info.rows, info.cols) != (rows, cols) {
+            return Err(Error::model(
+                &self.path,
+                format!("tensor {name:?} is {} x {}, config.json says {rows} x {cols}", info.rows, info.cols),
+            ));
+        }
+        Ok(info)
+    }
+
+    /// Stored bytes of `info`.
+    pub fn bytes(&self, info: &TensorInfo) -> &[u8] {
+        &self.map[info.bytes.clone()]
+    }
+
+    /// Widens `rows` of a tensor to fp32.
+    ///
+    /// # Shapes
+    /// - `out`: `[rows.len(), cols]`
+    ///
+    /// # Errors
+    /// [`Error::ModelLoad`] when a number is not finite.
+    pub fn widen_rows(&self, info: &TensorInfo, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let row_bytes = info.bytes.len() / info.rows;
+        let bytes = &self.bytes(info)[rows.start * row_bytes..rows.end * row_bytes];
+        widen(info.format, bytes, out)?;
+        if out.iter().any(|x| !x.is_finite()) {
+            return Err(Error::model(&self.path, "holds a weight that is not finite"));
+        }
+        Ok(())
+    }
+
+    /// Widens a whole tensor to fp32, `[rows, cols]`.
+    ///
+    /// # Errors
+    /// As [`Weights::expect`] and [`Weights::widen_rows`].
+    pub fn widen(&self, name: &str, rows: usize, cols: usize) -> Result<Vec<f32>> {
+        let info = self.expect(name, rows, cols)?;
+        let mut out = vec![0.0; rows * cols];
+        self.widen_rows(info, 0..rows, &mut out)?;
+        Ok(out)
+    }
+}
+
+/// Reads the directory of a packed file.
+fn directory(map: &[u8]) -> std::result::Result<BTreeMap<String, TensorInfo>, String> {
+    let (header, metadata) =
+        SafeTensors::read_metadata(map).map_err(|error| format!("not a safetensors file: {error}"))?;
+    let ggml: BTreeMap<String, String> = match metadata.metadata().as_ref().and_then(|m| m.get("ggml")) {
+        None => BTreeMap::new(),
+        Some(json) => serde_json::from_str(json)
+            .map_err(|error| format!("metadata entry \"ggml\" is not a JSON object of strings: {error}"))?,
+    };
+    let data = header + size_of::<u64>();
+    let mut tensors = BTreeMap::new();
+    for (name, tensor) in metadata.tensors() {
+        let (rows, cols) = match tensor.shape.as_slice() {
+            [cols] => (1, *cols),
+            [rows, cols] => (*rows, *cols),
+            shape => return Err(format!("tensor {name:?} has shape {shape:?}, not a vector or matrix")),
+        };
+        let bytes = data + tensor.data_offsets.0..data + tensor.data_offsets.1;
+        let (format, cols) = match (tensor.dtype, ggml.get(&name)) {
+            (Dtype::F32, None) => (Format::F32, cols),
+            (Dtype::F16, None) => (Format::F16, cols),
+            (Dtype::BF16, None) => (Format::Bf16, cols),
+            (Dtype::U8, Some(kind)) => {
+                let kind = ggml_from_name(kind)
+                    .ok_or_else(|| format!("tensor {name:?} has unknown block type {kind:?}"))?;
+                if cols % kind.type_size() != 0 {
+                    return Err(format!("tensor {name:?} is no whole number of blocks wide"));
+                }
+                (Format::Ggml(kind), cols / kind.type_size() * kind.block_size())
+            }
+            (dtype, _) => return Err(format!("tensor {name:?} has unsupported type {dtype:?}")),
+        };
+        if rows == 0 || cols == 0 {
+            return Err(format!("tensor {name:?} is empty"));
+        }
+        tensors.insert(name, TensorInfo { format, rows, cols, bytes });
+    }
+    Ok(tensors)
+}
+
+/// Widens stored numbers to fp32.
+fn widen(format: Format, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+    match format {
+        Format::F32 => {
+            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+        }
+        Format::F16 => {
+            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *x = f16::from_le_bytes([b[0], b[1]]).to_f32();
+            }
+        }
+        Format::Bf16 => {
+            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *x = bf16::from_le_bytes([b[0], b[1]]).to_f32();
+            }
+        }
+        Format::Ggml(kind) => {
+            let blocks = kind.from_data(bytes.into());
+            let storage = blocks.dequantize(out.len())?;
+            out.copy_from_slice(storage.as_slice::<f32>()?);
+        }
+    }
+    Ok(())
+}
