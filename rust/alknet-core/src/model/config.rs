@@ -188,7 +188,10 @@ impl LlamaConfig {
             }
         }
         if self.head_dim() % 2 != 0 {
-            return Err(format!("head_dim is {}; rotary embeddings need an even number", self.head_dim()));
+            return Err(format!(
+                "head_dim is {}; rotary embeddings need an even number",
+                self.head_dim()
+            ));
         }
         if self.num_attention_heads % self.num_key_value_heads() != 0 {
             return Err(format!(
@@ -198,10 +201,16 @@ impl LlamaConfig {
             ));
         }
         if self.model_type != "llama" {
-            return Err(format!("model_type {:?} is not supported, only \"llama\"", self.model_type));
+            return Err(format!(
+                "model_type {:?} is not supported, only \"llama\"",
+                self.model_type
+            ));
         }
         if self.hidden_act != "silu" {
-            return Err(format!("hidden_act {:?} is not supported, only \"silu\"", self.hidden_act));
+            return Err(format!(
+                "hidden_act {:?} is not supported, only \"silu\"",
+                self.hidden_act
+            ));
         }
         let positive = |x: f64| x.is_finite() && x > 0.0;
         if !positive(self.rms_norm_eps) || !positive(self.rope_theta) {
@@ -211,7 +220,9 @@ impl LlamaConfig {
             ));
         }
         let frequencies = self.rotary_frequencies();
-        if !frequencies.inv_freq.iter().all(|&f| positive(f)) || !positive(frequencies.attention_factor) {
+        if !frequencies.inv_freq.iter().all(|&f| positive(f))
+            || !positive(frequencies.attention_factor)
+        {
             return Err("rope_scaling gives frequencies that are not positive".into());
         }
         Ok(())
@@ -237,7 +248,8 @@ impl LlamaConfig {
                 let original = *original_max_position_embeddings as f64;
                 let blend = |&f: &f64| {
                     let rotations = original * f / (2.0 * PI);
-                    let smooth = (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let smooth =
+                        (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor);
                     let smooth = smooth.clamp(0.0, 1.0);
                     (1.0 - smooth) * f / factor + smooth * f
                 };
@@ -256,7 +268,8 @@ impl LlamaConfig {
                     .map_or(self.max_position_embeddings as f64 / factor, |n| n as f64);
                 // Index of the pair that makes `rotations` turns over the trained context.
                 let pair = |rotations: f64| {
-                    dim as f64 * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.rope_theta.ln())
+                    dim as f64 * (original / (rotations * 2.0 * PI)).ln()
+                        / (2.0 * self.rope_theta.ln())
                 };
                 let low = pair(*beta_fast).floor().max(0.0);
                 let high = pair(*beta_slow).ceil().min(dim as f64 - 1.0);

@@ -133,7 +133,10 @@ impl Weights {
         if (info.rows, info.cols) != (rows, cols) {
             return Err(Error::model(
                 &self.path,
-                format!("tensor {name:?} is {} x {}, config.json says {rows} x {cols}", info.rows, info.cols),
+                format!(
+                    "tensor {name:?} is {} x {}, config.json says {rows} x {cols}",
+                    info.rows, info.cols
+                ),
             ));
         }
         Ok(info)
@@ -175,20 +178,24 @@ impl Weights {
 
 /// Reads the directory of a packed file.
 fn directory(map: &[u8]) -> std::result::Result<BTreeMap<String, TensorInfo>, String> {
-    let (header, metadata) =
-        SafeTensors::read_metadata(map).map_err(|error| format!("not a safetensors file: {error}"))?;
-    let ggml: BTreeMap<String, String> = match metadata.metadata().as_ref().and_then(|m| m.get("ggml")) {
-        None => BTreeMap::new(),
-        Some(json) => serde_json::from_str(json)
-            .map_err(|error| format!("metadata entry \"ggml\" is not a JSON object of strings: {error}"))?,
-    };
+    let (header, metadata) = SafeTensors::read_metadata(map)
+        .map_err(|error| format!("not a safetensors file: {error}"))?;
+    let ggml: BTreeMap<String, String> =
+        match metadata.metadata().as_ref().and_then(|m| m.get("ggml")) {
+            None => BTreeMap::new(),
+            Some(json) => serde_json::from_str(json).map_err(|error| {
+                format!("metadata entry \"ggml\" is not a JSON object of strings: {error}")
+            })?,
+        };
     let data = header + size_of::<u64>();
     let mut tensors = BTreeMap::new();
     for (name, tensor) in metadata.tensors() {
         let (rows, cols) = match tensor.shape.as_slice() {
             [cols] => (1, *cols),
             [rows, cols] => (*rows, *cols),
-            shape => return Err(format!("tensor {name:?} has shape {shape:?}, not a vector or matrix")),
+            shape => {
+                return Err(format!("tensor {name:?} has shape {shape:?}, not a vector or matrix"));
+            }
         };
         let bytes = data + tensor.data_offsets.0..data + tensor.data_offsets.1;
         let (format, cols) = match (tensor.dtype, ggml.get(&name)) {
