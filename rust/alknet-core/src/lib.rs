@@ -1,4 +1,33 @@
-//! Text in, alarm out.
+//! Text in, alarm out: the pipeline of alknet-firewall in pure Rust.
+//!
+//! ```text
+//! text ─ normalize ─ tokenize ─ model ─ capture ─ project ─ window ─ score ─ alarm
+//!  str    views+map   input_ids  h_{t,s}           z_{t,k}   z̄_{w,k}   P, p    Alarm
+//! ```
+//!
+//! A small language model reads the text; the hidden states of a few layers are projected onto the
+//! components of a [`codebook`], and the windowed projections are placed in the distributions that
+//! ordinary text has there. One file per stage, data flows one way: a stage knows its neighbours'
+//! types and nothing else, and [`firewall`] wires them together.
+//!
+//! This crate touches neither network, environment nor clock: it reads local files and returns values.
+
+pub mod alarm;
+pub mod capture;
+pub mod codebook;
 pub mod error;
+pub mod firewall;
 pub mod model;
+pub mod project;
+pub mod reader;
+pub mod score;
+pub mod spline;
+pub mod stream;
+pub mod window;
+
+pub use alarm::{Alarm, AlarmLevel, Reason, Signal, Span, Thresholds};
+pub use codebook::{Codebook, Origin};
 pub use error::{Error, Result};
+pub use firewall::{Firewall, FirewallOptions, Input};
+pub use reader::{Engine, Reader, ReaderOptions};
+pub use stream::Stream;

@@ -1,0 +1,435 @@
+//! Codebook: the compiled detector parameters on disk, one safetensors file, read and checked.
+//!
+//! | tensor | shape | meaning |
+//! |---|---|---|
+//! | `mean` | `[n_sites · hidden_size]` | μ |
+//! | `components` | `[n_components, n_sites · hidden_size]` | C, whitening folded in |
+//! | `cdf_knots`, `cdf_values` | `[n_components, n_knots]` | distribution of each windowed projection in benign text |
+//! | `direction_weights`, `direction_bias` | `[n_directions, n_components]`, `[n_directions]` | logistic models on windowed projections |
+//! | `null_knots`, `null_values` | `[n_origins, n_length_classes, n_knots]` | −log₁₀ share of benign texts whose statistic is at least the knot |
+//! | `novelty_knots`, `novelty_values` | `[n_length_classes, n_knots]` | the same for novelty |
+//!
+//! Metadata are strings; see [`Codebook::from_bytes`]. A file is hostile until checked: its size is
+//! limited before it is read, every shape is compared with the others, every number must be finite
+//! and every spline monotone.
+
+use std::{collections::HashMap, path::Path};
+
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+
+use crate::{
+    error::{Error, Result},
+    model::Site,
+    spline::MonotoneSpline,
+};
+
+/// Largest codebook file that is read, in bytes. The shipped one has about 100 kB.
+pub const MAX_BYTES: u64 = 64 << 20;
+
+const FORMAT_VERSION: &str = "1";
+const MAX_COMPONENTS: usize = 1024;
+const MAX_DIRECTIONS: usize = 256;
+const MAX_KNOTS: usize = 1024;
+const MAX_TOKENS: usize = 1 << 20;
+
+/// Who wrote a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// A prompt: orders to the model are ordinary in it.
+    User,
+    /// Something fetched (document, tool result, e-mail, page): orders to the model are not.
+    Document,
+}
+
+impl Origin {
+    /// `user` or `document`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Document => "document",
+        }
+    }
+}
+
+/// A named behaviour: logistic model on the windowed projections.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DirectionInfo {
+    /// Behaviour, such as `instruction_override`.
+    pub name: String,
+    /// The origin it is read for.
+    pub origin: Origin,
+    /// Whether it takes part in the score; the others only explain.
+    pub scored: bool,
+}
+
+/// What a codebook was compiled for; all of it must match the loaded detector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// sha256 of `model.safetensors`, lower-case hex.
+    pub weights_sha256: String,
+    /// sha256 of `tokenizer.json`.
+    pub tokenizer_sha256: String,
+    /// sha256 of `config.json`.
+    pub config_sha256: String,
+}
+
+/// A checked codebook.
+#[derive(Debug, Clone)]
+pub struct Codebook {
+    /// Name of the detector it belongs to.
+    pub detector: String,
+    /// What it was compiled for.
+    pub fingerprint: Fingerprint,
+    /// Where activations are read, in the order of the columns of `components`.
+    pub sites: Vec<Site>,
+    /// Width of one activation row.
+    pub hidden_size: usize,
+    /// Tokens of a window.
+    pub window: usize,
+    /// Tokens between the starts of windows.
+    pub stride: usize,
+    /// Most tokens read in one piece; longer texts are read in overlapping segments.
+    pub segment_tokens: usize,
+    /// Tokens that neighbouring segments share.
+    pub segment_overlap: usize,
+    /// Upper bounds (inclusive, in tokens) of the length classes; the last also serves longer texts.
+    pub length_classes: Vec<usize>,
+    /// Origins that have directions and nulls.
+    pub origins: Vec<Origin>,
+    /// One per row of `direction_weights`.
+    pub directions: Vec<DirectionInfo>,
+    /// Every metadata entry of the file, for `inspect`.
+    pub metadata: HashMap<String, String>,
+    mean: Vec<f32>,
+    components: Vec<Vec<f32>>,
+    n_components: usize,
+    direction_weights: Vec<f32>,
+    direction_bias: Vec<f32>,
+    cdfs: Vec<MonotoneSpline>,
+    nulls: Vec<MonotoneSpline>,
+    novelty: Vec<MonotoneSpline>,
+}
+
+impl Codebook {
+    /// Reads and checks a codebook file.
+    ///
+    /// # Errors
+    /// [`Error::Codebook`] saying what is wrong.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let unreadable =
+            |error| Error::Codebook(format!("{} cannot be read: {error}", path.display()));
+        let size = std::fs::metadata(path).map_err(unreadable)?.len();
+        if size > MAX_BYTES {
+            return Err(Error::Codebook(format!(
+                "{} has {size} bytes; a codebook has at most {MAX_BYTES}",
+                path.display()
+            )));
+        }
+        Self::from_bytes(&std::fs::read(path).map_err(unreadable)?)
+    }
+
+    /// Checks the bytes of a codebook file.
+    ///
+    /// Metadata: `format_version` (1), `detector`, `weights_sha256`, `tokenizer_sha256`,
+    /// `config_sha256`, `sites` (comma-separated), `hidden_size`, `window`, `stride`,
+    /// `segment_tokens`, `segment_overlap`, `length_classes` (JSON list), `origins` (JSON list),
+    /// `directions` (JSON list of [`DirectionInfo`]). Further entries are kept and not interpreted.
+    ///
+    /// # Errors
+    /// [`Error::Codebook`] saying what was found and what was expected.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Self::parse(bytes).map_err(Error::Codebook)
+    }
+
+    fn parse(bytes: &[u8]) -> std::result::Result<Self, String> {
+        let (_, header) = SafeTensors::read_metadata(bytes)
+            .map_err(|error| format!("not a safetensors file: {error}"))?;
+        let file = SafeTensors::deserialize(bytes)
+            .map_err(|error| format!("not a safetensors file: {error}"))?;
+        let metadata = Metadata(header.metadata().clone().unwrap_or_default());
+        let version = metadata.text("format_version")?;
+        if version != FORMAT_VERSION {
+            return Err(format!(
+                "format_version is {version:?}; this library reads {FORMAT_VERSION:?}: compile it again or use the library it was made with"
+            ));
+        }
+        let sites = metadata
+            .text("sites")?
+            .split(',')
+            .map(|site| site.parse().map_err(|error: Error| error.to_string()))
+            .collect::<std::result::Result<Vec<Site>, _>>()?;
+        let hidden_size = metadata.number("hidden_size", 1, 1 << 16)?;
+        let window = metadata.number("window", 1, 4096)?;
+        let stride = metadata.number("stride", 1, window)?;
+        let segment_tokens = metadata.number("segment_tokens", window, MAX_TOKENS)?;
+        let segment_overlap = metadata.number("segment_overlap", 0, segment_tokens - 1)?;
+        let length_classes: Vec<usize> = metadata.json("length_classes")?;
+        let origins: Vec<Origin> = metadata.json("origins")?;
+        let directions: Vec<DirectionInfo> = metadata.json("directions")?;
+        check_lists(&length_classes, &origins, &directions)?;
+
+        let columns = sites.len() * hidden_size;
+        let tensors = Tensors(&file);
+        let n_components = tensors.rows("components", MAX_COMPONENTS)?;
+        let components = tensors.read("components", &[n_components, columns])?;
+        let cdf_shape = [n_components, tensors.columns("cdf_knots", MAX_KNOTS)?];
+        let null_shape =
+            [origins.len(), length_classes.len(), tensors.columns("null_knots", MAX_KNOTS)?];
+        let novelty_shape = [length_classes.len(), tensors.columns("novelty_knots", MAX_KNOTS)?];
+        Ok(Self {
+            detector: metadata.text("detector")?.to_owned(),
+            fingerprint: Fingerprint {
+                weights_sha256: metadata.text("weights_sha256")?.to_owned(),
+                tokenizer_sha256: metadata.text("tokenizer_sha256")?.to_owned(),
+                config_sha256: metadata.text("config_sha256")?.to_owned(),
+            },
+            mean: tensors.read("mean", &[columns])?,
+            components: by_site(&components, sites.len(), hidden_size),
+            n_components,
+            direction_weights: tensors
+                .read("direction_weights", &[directions.len(), n_components])?,
+            direction_bias: tensors.read("direction_bias", &[directions.len()])?,
+            cdfs: tensors.cdfs("cdf", &cdf_shape)?,
+            nulls: tensors.nulls("null", &null_shape)?,
+            novelty: tensors.nulls("novelty", &novelty_shape)?,
+            sites,
+            hidden_size,
+            window,
+            stride,
+            segment_tokens,
+            segment_overlap,
+            length_classes,
+            origins,
+            directions,
+            metadata: metadata.0,
+        })
+    }
+
+    /// Refuses a codebook that was compiled for other files than the loaded ones.
+    ///
+    /// # Errors
+    /// [`Error::Codebook`] with both hashes.
+    pub fn check(&self, loaded: &Fingerprint) -> Result<()> {
+        let pairs = [
+            ("model.safetensors", &self.fingerprint.weights_sha256, &loaded.weights_sha256),
+            ("tokenizer.json", &self.fingerprint.tokenizer_sha256, &loaded.tokenizer_sha256),
+            ("config.json", &self.fingerprint.config_sha256, &loaded.config_sha256),
+        ];
+        for (file, made_for, found) in pairs {
+            if made_for != found {
+                return Err(Error::Codebook(format!(
+                    "compiled for {file} with sha256 {made_for}, but the loaded one has {found}: \
+                     use the detector it belongs to, or compile a codebook for this one with `alknet-firewall calibrate`"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows of the projection.
+    pub fn n_components(&self) -> usize {
+        self.n_components
+    }
+
+    /// `μ_s`, `[hidden_size]`, and `C_s`, `[n_components, hidden_size]`, of the site with this index.
+    pub fn site(&self, site: usize) -> (&[f32], &[f32]) {
+        let hidden = self.hidden_size;
+        (&self.mean[site * hidden..(site + 1) * hidden], &self.components[site])
+    }
+
+    /// Log-odds of direction `d` for windowed projections `z`, `[n_components]`.
+    pub fn logit(&self, d: usize, z: &[f32]) -> f64 {
+        let weights = &self.direction_weights[d * self.n_components..(d + 1) * self.n_components];
+        let sum: f64 = weights.iter().zip(z).map(|(w, z)| f64::from(*w) * f64::from(*z)).sum();
+        sum + f64::from(self.direction_bias[d])
+    }
+
+    /// Share of benign windows whose projection on component `k` is below `z`.
+    pub fn cdf(&self, k: usize, z: f32) -> f64 {
+        self.cdfs[k].eval_cdf(f64::from(z))
+    }
+
+    /// Length class of a text of `n_tokens` tokens.
+    pub fn length_class(&self, n_tokens: usize) -> usize {
+        let last = self.length_classes.len() - 1;
+        self.length_classes.iter().position(|&bound| n_tokens <= bound).unwrap_or(last)
+    }
+
+    /// Null of the score of `origin` (an index into `origins`) in a length class: statistic to −log₁₀ p.
+    pub fn null(&self, origin: usize, class: usize) -> &MonotoneSpline {
+        &self.nulls[origin * self.length_classes.len() + class]
+    }
+
+    /// Null of the novelty in a length class: statistic to −log₁₀ p.
+    pub fn novelty_null(&self, class: usize) -> &MonotoneSpline {
+        &self.novelty[class]
+    }
+}
+
+/// Checks the lists of the metadata against each other.
+fn check_lists(
+    length_classes: &[usize],
+    origins: &[Origin],
+    directions: &[DirectionInfo],
+) -> std::result::Result<(), String> {
+    if length_classes.is_empty()
+        || length_classes.len() > 64
+        || length_classes.windows(2).any(|w| w[0] >= w[1])
+    {
+        return Err(format!(
+            "length_classes {length_classes:?} are not 1 to 64 increasing numbers"
+        ));
+    }
+    if origins.is_empty() || origins.len() > 2 || (origins.len() == 2 && origins[0] == origins[1]) {
+        return Err(format!("origins {origins:?} are not one or two different ones"));
+    }
+    if directions.is_empty() || directions.len() > MAX_DIRECTIONS {
+        return Err(format!("{} directions; 1 to {MAX_DIRECTIONS} are read", directions.len()));
+    }
+    for origin in origins {
+        if !directions.iter().any(|d| d.scored && d.origin == *origin) {
+            return Err(format!("no scored direction for origin {:?}", origin.as_str()));
+        }
+    }
+    if let Some(stray) = directions.iter().find(|d| !origins.contains(&d.origin)) {
+        return Err(format!(
+            "direction {:?} has an origin that the codebook does not list",
+            stray.name
+        ));
+    }
+    Ok(())
+}
+
+/// Splits the columns of `components` into one contiguous matrix per site.
+fn by_site(components: &[f32], n_sites: usize, hidden: usize) -> Vec<Vec<f32>> {
+    let rows = || components.chunks_exact(n_sites * hidden);
+    let site =
+        |s: usize| rows().flat_map(|row| &row[s * hidden..(s + 1) * hidden]).copied().collect();
+    (0..n_sites).map(site).collect()
+}
+
+/// String metadata with typed access.
+struct Metadata(HashMap<String, String>);
+
+impl Metadata {
+    fn text(&self, key: &str) -> std::result::Result<&str, String> {
+        self.0.get(key).map(String::as_str).ok_or_else(|| format!("metadata has no {key:?}"))
+    }
+
+    fn number(&self, key: &str, min: usize, max: usize) -> std::result::Result<usize, String> {
+        let text = self.text(key)?;
+        match text.parse() {
+            Ok(n) if (min..=max).contains(&n) => Ok(n),
+            _ => Err(format!("metadata {key:?} is {text:?}, not a number from {min} to {max}")),
+        }
+    }
+
+    fn json<T: serde::de::DeserializeOwned>(&self, key: &str) -> std::result::Result<T, String> {
+        serde_json::from_str(self.text(key)?)
+            .map_err(|error| format!("metadata {key:?} is not what it should be: {error}"))
+    }
+}
+
+/// Tensors of the file with checked access.
+struct Tensors<'a>(&'a SafeTensors<'a>);
+
+impl Tensors<'_> {
+    fn view(&self, name: &str) -> std::result::Result<safetensors::tensor::TensorView<'_>, String> {
+        self.0.tensor(name).map_err(|_| format!("no tensor {name:?}"))
+    }
+
+    fn rows(&self, name: &str, max: usize) -> std::result::Result<usize, String> {
+        self.dimension(name, 0, max)
+    }
+
+    fn columns(&self, name: &str, max: usize) -> std::result::Result<usize, String> {
+        let dims = self.view(name)?.shape().len();
+        self.dimension(name, dims.saturating_sub(1), max)
+    }
+
+    fn dimension(&self, name: &str, axis: usize, max: usize) -> std::result::Result<usize, String> {
+        let view = self.view(name)?;
+        match view.shape().get(axis) {
+            Some(&n) if (1..=max).contains(&n) => Ok(n),
+            _ => {
+                Err(format!("{name:?} has shape {:?}; axis {axis} may be 1 to {max}", view.shape()))
+            }
+        }
+    }
+
+    /// Finite fp32 numbers of the tensor `name`, which must have this shape.
+    fn read(&self, name: &str, shape: &[usize]) -> std::result::Result<Vec<f32>, String> {
+        let view = self.view(name)?;
+        if view.dtype() != Dtype::F32 || view.shape() != shape {
+            return Err(format!(
+                "{name:?} is {:?} {:?}, expected F32 {shape:?}",
+                view.dtype(),
+                view.shape()
+            ));
+        }
+        let numbers =
+            view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        let numbers: Vec<f32> = numbers.collect();
+        match numbers.iter().position(|x| !x.is_finite()) {
+            Some(i) => Err(format!("{name:?} holds {} at index {i}", numbers[i])),
+            None => Ok(numbers),
+        }
+    }
+
+    /// One spline per row of `{name}_knots` and `{name}_values`.
+    fn splines(
+        &self,
+        name: &str,
+        shape: &[usize],
+    ) -> std::result::Result<Vec<MonotoneSpline>, String> {
+        let knots = self.read(&format!("{name}_knots"), shape)?;
+        let values = self.read(&format!("{name}_values"), shape)?;
+        let n = shape[shape.len() - 1];
+        let wide = |row: &[f32]| row.iter().map(|&x| f64::from(x)).collect();
+        let rows = knots.chunks_exact(n).zip(values.chunks_exact(n)).enumerate();
+        rows.map(|(i, (x, y))| {
+            MonotoneSpline::new(wide(x), wide(y))
+                .map_err(|problem| format!("{name} {i}: {problem}"))
+        })
+        .collect()
+    }
+
+    /// Distribution functions: values within (0, 1) and rising at both ends, for the tails.
+    fn cdfs(
+        &self,
+        name: &str,
+        shape: &[usize],
+    ) -> std::result::Result<Vec<MonotoneSpline>, String> {
+        let splines = self.splines(name, shape)?;
+        for (i, spline) in splines.iter().enumerate() {
+            let (low, high) = spline.ends();
+            if low.0 <= 0.0 || high.0 >= 1.0 || low.1 <= 0.0 || high.1 <= 0.0 {
+                return Err(format!(
+                    "{name} {i}: values must lie within (0, 1) and rise at both ends"
+                ));
+            }
+        }
+        Ok(splines)
+    }
+
+    /// Nulls: −log₁₀ p, not negative, and rising at the upper end so that the tail is exponential.
+    fn nulls(
+        &self,
+        name: &str,
+        shape: &[usize],
+    ) -> std::result::Result<Vec<MonotoneSpline>, String> {
+        let splines = self.splines(name, shape)?;
+        for (i, spline) in splines.iter().enumerate() {
+            let (low, high) = spline.ends();
+            if low.0 < 0.0 || high.0 < 3.0 || high.1 <= 0.0 {
+                return Err(format!(
+                    "{name} {i}: −log10 p must start at 0 or above, reach 3 and rise at the end"
+                ));
+            }
+        }
+        Ok(splines)
+    }
+}

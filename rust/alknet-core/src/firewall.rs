@@ -1,0 +1,570 @@
+//! Firewall: wires the stages together; no mathematics here.
+//!
+//! Every text gives one or more views (raw, normalised, decoded), every view one or more segments,
+//! every segment one piece of work for the engine. Pieces of all texts of a batch share passes. The
+//! smallest p-value wins, corrected for the number of looks that were taken.
+
+use std::{ops::Range, path::Path, sync::Arc};
+
+use sha2::{Digest, Sha256};
+
+use crate::{
+    alarm::{self, Alarm, AlarmLevel, Reason, Signal, Span, Thresholds},
+    codebook::{Codebook, DirectionInfo, Fingerprint, Origin},
+    error::{Error, Result},
+    model::{TokenId, weights::Weights},
+    normalize::{self, View},
+    project::Projector,
+    reader::{Reader, ReaderOptions, segments},
+    score::{self, WindowScore},
+    stream::Segment,
+    tokenize::Encoding,
+};
+
+/// Tokens of one pass over the model, about: enough to fill the machine, few enough to bound memory.
+const PASS_TOKENS: usize = 4096;
+
+/// Share of the error budget that novelty may spend; it may raise SUSPICIOUS, never DANGEROUS.
+const NOVELTY_SHARE: f64 = 0.05;
+const NOVELTY_FLOOR: f64 = 0.00101;
+
+/// p-value of text that was hidden on purpose: an alarm by itself.
+const HIDDEN_TEXT_P: f64 = 1e-4;
+
+/// How texts are judged.
+#[derive(Debug, Clone, Default)]
+pub struct FirewallOptions {
+    /// How the model is run.
+    pub reader: ReaderOptions,
+    /// Scores at which the level rises.
+    pub thresholds: Thresholds,
+    /// Most tokens of a text that are read; a longer text is at least SUSPICIOUS. No limit by default.
+    pub max_tokens: Option<usize>,
+}
+
+/// One text to screen.
+#[derive(Debug, Clone, Copy)]
+pub struct Input<'a> {
+    /// The text.
+    pub text: &'a str,
+    /// Who wrote it; `None` when unknown: it is read as both and the worse counts.
+    pub origin: Option<Origin>,
+}
+
+/// A loaded detector: immutable, shared by all threads.
+pub struct Firewall {
+    reader: Reader,
+    codebook: Codebook,
+    thresholds: Thresholds,
+    max_tokens: Option<usize>,
+}
+
+impl Firewall {
+    /// Loads a detector folder, with its own codebook or another one for the same files.
+    ///
+    /// # Errors
+    /// [`Error::ModelLoad`] or [`Error::Codebook`] for files that are missing, damaged or do not
+    /// belong together.
+    pub fn open(
+        detector: &Path,
+        codebook: Option<&Path>,
+        options: &FirewallOptions,
+    ) -> Result<Self> {
+        let own = detector.join("codebook.safetensors");
+        let codebook = Codebook::from_file(codebook.unwrap_or(&own))?;
+        let weights = Arc::new(Weights::open(&detector.join("model.safetensors"))?);
+        let (fingerprint, reader) = std::thread::scope(|scope| {
+            let fingerprint = scope.spawn(|| fingerprint(detector, &weights));
+            let reader =
+                Reader::with_weights(detector, weights.clone(), &codebook.sites, &options.reader);
+            (fingerprint.join(), reader)
+        });
+        let fingerprint =
+            fingerprint.map_err(|_| Error::Inference("hashing the detector failed".into()))??;
+        codebook.check(&fingerprint)?;
+        Self::new(reader?, codebook, options)
+    }
+
+    /// A firewall over any reader, such as one with a foreign engine.
+    ///
+    /// # Errors
+    /// [`Error::Codebook`] when the codebook's sites, width or segments are not the reader's.
+    pub fn new(reader: Reader, codebook: Codebook, options: &FirewallOptions) -> Result<Self> {
+        let backend = reader.backend();
+        if backend.sites() != codebook.sites || backend.hidden_size() != codebook.hidden_size {
+            return Err(Error::Codebook(format!(
+                "reads sites {} of width {}, the engine gives {} of width {}",
+                join(&codebook.sites),
+                codebook.hidden_size,
+                join(backend.sites()),
+                backend.hidden_size()
+            )));
+        }
+        if codebook.segment_tokens > reader.max_tokens() {
+            return Err(Error::Codebook(format!(
+                "segments of {} tokens, the model reads {} at once",
+                codebook.segment_tokens,
+                reader.max_tokens()
+            )));
+        }
+        let Thresholds { suspicious, dangerous } = options.thresholds;
+        if options.max_tokens == Some(0) {
+            return Err(Error::Config("max_tokens is 0: nothing would be read".into()));
+        }
+        Ok(Self {
+            reader,
+            codebook,
+            thresholds: Thresholds::new(suspicious, dangerous)?,
+            max_tokens: options.max_tokens,
+        })
+    }
+
+    /// The codebook.
+    pub fn codebook(&self) -> &Codebook {
+        &self.codebook
+    }
+
+    /// The reader.
+    pub fn reader(&self) -> &Reader {
+        &self.reader
+    }
+
+    /// Most tokens of a text that are read.
+    pub(crate) fn max_tokens(&self) -> Option<usize> {
+        self.max_tokens
+    }
+
+    /// Screens one text.
+    ///
+    /// # Errors
+    /// [`Error::Inference`] or [`Error::Input`]; there is then no verdict.
+    pub fn screen(&self, text: &str, origin: Option<Origin>) -> Result<Alarm> {
+        Ok(self.screen_batch(&[Input { text, origin }])?.remove(0))
+    }
+
+    /// Screens several texts in shared passes; each gets the alarm it would get alone.
+    ///
+    /// # Errors
+    /// As [`Firewall::screen`], for the first text that fails; no verdict is given for any.
+    pub fn screen_batch(&self, inputs: &[Input<'_>]) -> Result<Vec<Alarm>> {
+        let mut cases =
+            inputs.iter().map(|input| self.prepare(input)).collect::<Result<Vec<_>>>()?;
+        let pieces: Vec<(usize, usize)> = cases
+            .iter()
+            .enumerate()
+            .flat_map(|(c, case)| (0..case.pieces.len()).map(move |p| (c, p)))
+            .collect();
+        let mut rest = pieces.as_slice();
+        while !rest.is_empty() {
+            let n = self.pass_length(&cases, rest);
+            self.pass(&mut cases, &rest[..n])?;
+            rest = &rest[n..];
+        }
+        cases.iter().map(|case| self.verdict(case)).collect()
+    }
+
+    /// Views, tokens and pieces of one text.
+    pub(crate) fn prepare<'a>(&self, input: &Input<'a>) -> Result<Case<'a>> {
+        let views = normalize::views(input.text);
+        let mut case = Case::new(*input, views.hidden_text.is_some());
+        for view in views.views {
+            if view.text.trim().is_empty() {
+                continue;
+            }
+            let mut encoding = self.reader.tokenizer().encode(&view.text)?;
+            if case.views.is_empty() {
+                case.n_tokens = encoding.input_ids.len();
+            }
+            if let Some(max) = self.max_tokens.filter(|&max| max < encoding.input_ids.len()) {
+                let end = view.to_original(encoding.offsets[max].0..view.text.len()).start;
+                case.unread_bytes = case.unread_bytes.max(input.text.len() - end);
+                encoding.input_ids.truncate(max);
+                encoding.offsets.truncate(max);
+            }
+            case.add(view, encoding, &self.codebook);
+        }
+        Ok(case)
+    }
+
+    /// How many of the next pieces make one pass.
+    fn pass_length(&self, cases: &[Case<'_>], pieces: &[(usize, usize)]) -> usize {
+        let mut tokens = 0;
+        let fits = |&&(c, p): &&(usize, usize)| {
+            tokens += cases[c].pieces[p].tokens.len();
+            tokens <= PASS_TOKENS
+        };
+        pieces.iter().take_while(fits).count().max(1)
+    }
+
+    /// Runs the engine over some pieces and scores their windows.
+    fn pass(&self, cases: &mut [Case<'_>], pieces: &[(usize, usize)]) -> Result<()> {
+        let input_ids: Vec<_> = pieces.iter().map(|&(c, p)| cases[c].input_ids(p)).collect();
+        let seq_lens: Vec<_> = input_ids.iter().map(|ids| ids.len()).collect();
+        let mut projector = Projector::new(&self.codebook, &seq_lens);
+        self.reader.read(&input_ids, &mut projector)?;
+        for (&(c, p), projections) in pieces.iter().zip(&projector.sequences) {
+            cases[c].pieces[p].windows = score::windows(&self.codebook, projections)?;
+        }
+        Ok(())
+    }
+
+    /// Combines all looks at one text into its alarm.
+    pub(crate) fn verdict(&self, case: &Case<'_>) -> Result<Alarm> {
+        let origins = self.origins(case.input.origin);
+        let looks = Looks { origins: origins.len(), views: case.views.len().max(1) };
+        let mut worst = Judgement::ordinary(self.codebook.origins[origins[0]]);
+        for piece in &case.pieces {
+            let pieces = case.views[piece.view].pieces;
+            for window in &piece.windows {
+                worst = worst.min(self.judge(window, &origins, looks, pieces));
+            }
+        }
+        if case.hidden_text {
+            worst.p_value = worst.p_value.min(HIDDEN_TEXT_P);
+        }
+        if !worst.p_value.is_finite() || !worst.novelty.is_finite() {
+            return Err(Error::Inference(
+                "the p-value is not finite: the text was not screened".into(),
+            ));
+        }
+        let score = alarm::score(worst.p_value);
+        let mut level = self.thresholds.level(score);
+        let mut reason = case.pieces.is_empty().then_some(Reason::Empty);
+        if case.unread_bytes > 0 {
+            level = level.max(AlarmLevel::Suspicious);
+            reason = Some(Reason::NotFullyRead);
+        }
+        let (signals, spans) = match level {
+            AlarmLevel::Clear => (Vec::new(), Vec::new()),
+            _ => self.explain(case, &origins, looks),
+        };
+        Ok(Alarm {
+            level,
+            score,
+            p_value: worst.p_value,
+            novelty_p_value: worst.novelty,
+            signals,
+            spans,
+            origin: case.input.origin.unwrap_or(worst.origin),
+            n_tokens: case.n_tokens,
+            unread_bytes: case.unread_bytes,
+            reason,
+        })
+    }
+
+    /// Indices of the codebook's origins as which a text is read.
+    fn origins(&self, origin: Option<Origin>) -> Vec<usize> {
+        let known = &self.codebook.origins;
+        match origin.and_then(|origin| known.iter().position(|&o| o == origin)) {
+            Some(index) => vec![index],
+            None => (0..known.len()).collect(),
+        }
+    }
+
+    /// p-values of the text if this window were its worst.
+    fn judge(
+        &self,
+        window: &WindowScore,
+        origins: &[usize],
+        looks: Looks,
+        pieces: usize,
+    ) -> Judgement {
+        let worst = |a: usize, b: usize| if window.attack[b] > window.attack[a] { b } else { a };
+        let origin = origins.iter().copied().reduce(worst).unwrap_or(0);
+        let looks_at_attack = looks.origins * looks.views * pieces;
+        let attack = score::corrected_p(window.attack[origin], looks_at_attack);
+        let novelty = score::corrected_p(window.novelty, looks.views * pieces);
+        let by_attack = attack / (1.0 - NOVELTY_SHARE);
+        let by_novelty = (novelty / NOVELTY_SHARE).max(NOVELTY_FLOOR);
+        Judgement {
+            p_value: by_attack.min(by_novelty).min(1.0),
+            novelty,
+            is_novelty: by_novelty < by_attack,
+            origin: self.codebook.origins[origin],
+        }
+    }
+
+    /// Behaviours that fired and where.
+    fn explain(
+        &self,
+        case: &Case<'_>,
+        origins: &[usize],
+        looks: Looks,
+    ) -> (Vec<Signal>, Vec<Span>) {
+        let mut signals: Vec<Signal> = Vec::new();
+        let mut spans: Vec<Span> = Vec::new();
+        if case.hidden_text {
+            raise(&mut signals, "hidden_text", 1.0);
+        }
+        for piece in &case.pieces {
+            let Reading { view, encoding, pieces } = &case.views[piece.view];
+            for window in &piece.windows {
+                let judged = self.judge(window, origins, looks, *pieces);
+                let score = alarm::score(judged.p_value);
+                if self.thresholds.level(score) == AlarmLevel::Clear {
+                    continue;
+                }
+                let signal = self.name_signals(window, origins, judged, &mut signals);
+                let first = encoding.offsets[piece.tokens.start + window.tokens.start].0;
+                let last = encoding.offsets[piece.tokens.start + window.tokens.end - 1].1;
+                let bytes = whole_words(case.input.text, view.to_original(first..last));
+                spans.push(Span { bytes, score, signal });
+            }
+        }
+        signals.sort_by(|a, b| b.probability.total_cmp(&a.probability).then(a.name.cmp(&b.name)));
+        (signals, merge(spans))
+    }
+
+    /// Adds the behaviours of an alarming window and returns the name of the strongest.
+    fn name_signals(
+        &self,
+        window: &WindowScore,
+        origins: &[usize],
+        judged: Judgement,
+        signals: &mut Vec<Signal>,
+    ) -> String {
+        if judged.is_novelty {
+            raise(signals, "novelty", 1.0 - judged.novelty);
+            return "novelty".to_owned();
+        }
+        let read =
+            |name: &DirectionInfo| origins.iter().any(|&o| self.codebook.origins[o] == name.origin);
+        let mut strongest = ("", f64::NEG_INFINITY);
+        for (direction, &logit) in self.codebook.directions.iter().zip(&window.logits) {
+            if !read(direction) {
+                continue;
+            }
+            if logit > 0.0 {
+                raise(signals, &direction.name, sigmoid(logit));
+            }
+            if logit > strongest.1 {
+                strongest = (&direction.name, logit);
+            }
+        }
+        raise(signals, strongest.0, sigmoid(strongest.1));
+        strongest.0.to_owned()
+    }
+}
+
+/// How many ways a text was looked at.
+#[derive(Debug, Clone, Copy)]
+struct Looks {
+    origins: usize,
+    views: usize,
+}
+
+/// p-values of a text, and the origin that gives the smaller.
+#[derive(Debug, Clone, Copy)]
+struct Judgement {
+    p_value: f64,
+    novelty: f64,
+    is_novelty: bool,
+    origin: Origin,
+}
+
+impl Judgement {
+    fn ordinary(origin: Origin) -> Self {
+        Self { p_value: 1.0, novelty: 1.0, is_novelty: false, origin }
+    }
+
+    fn min(self, other: Self) -> Self {
+        let worse = if other.p_value < self.p_value { other } else { self };
+        Self { novelty: self.novelty.min(other.novelty), ..worse }
+    }
+}
+
+/// One text on its way through the stages.
+pub(crate) struct Case<'a> {
+    input: Input<'a>,
+    hidden_text: bool,
+    views: Vec<Reading>,
+    pieces: Vec<Piece>,
+    n_tokens: usize,
+    unread_bytes: usize,
+}
+
+/// One view, its tokens, and in how many segments they are read.
+struct Reading {
+    view: View,
+    encoding: Encoding,
+    pieces: usize,
+}
+
+/// One segment of one view.
+struct Piece {
+    view: usize,
+    tokens: Range<usize>,
+    windows: Vec<WindowScore>,
+}
+
+impl<'a> Case<'a> {
+    fn new(input: Input<'a>, hidden_text: bool) -> Self {
+        Self {
+            input,
+            hidden_text,
+            views: Vec::new(),
+            pieces: Vec::new(),
+            n_tokens: 0,
+            unread_bytes: 0,
+        }
+    }
+
+    fn add(&mut self, view: View, encoding: Encoding, codebook: &Codebook) {
+        let n = encoding.input_ids.len();
+        let index = self.views.len();
+        let ranges = segments(n, codebook.segment_tokens, codebook.segment_overlap);
+        self.views.push(Reading { view, encoding, pieces: ranges.len() });
+        self.pieces.extend(ranges.into_iter().map(|tokens| Piece {
+            view: index,
+            tokens,
+            windows: Vec::new(),
+        }));
+    }
+
+    /// The raw view alone, its segments already scored.
+    pub(crate) fn from_segments(
+        input: Input<'a>,
+        encoding: &Encoding,
+        segments: &[Segment],
+    ) -> Self {
+        let mut case = Self::new(input, false);
+        case.n_tokens = encoding.input_ids.len();
+        let piece = |Segment { tokens, windows, .. }: &Segment| Piece {
+            view: 0,
+            tokens: tokens.clone(),
+            windows: windows.clone(),
+        };
+        case.pieces = segments.iter().map(piece).collect();
+        let read = segments.last().map_or(0, |segment| segment.tokens.end);
+        if let Some(&(start, _)) = encoding.offsets.get(read) {
+            case.unread_bytes = input.text.len() - start;
+        }
+        let (view, encoding) = (View::raw(input.text), encoding.clone());
+        case.views.push(Reading { view, encoding, pieces: segments.len() });
+        case
+    }
+
+    /// Whether the text has the raw view only, with exactly these tokens.
+    pub(crate) fn is_plain(&self, input_ids: &[TokenId]) -> bool {
+        let raw = |reading: &Reading| reading.encoding.input_ids == input_ids;
+        !self.hidden_text && self.views.len() == 1 && self.views.iter().all(raw)
+    }
+
+    fn input_ids(&self, piece: usize) -> &[TokenId] {
+        let piece = &self.pieces[piece];
+        &self.views[piece.view].encoding.input_ids[piece.tokens.clone()]
+    }
+}
+
+/// Records a behaviour, keeping its largest probability.
+fn raise(signals: &mut Vec<Signal>, name: &str, probability: f64) {
+    match signals.iter_mut().find(|signal| signal.name == name) {
+        Some(signal) => signal.probability = signal.probability.max(probability),
+        None => signals.push(Signal { name: name.to_owned(), probability }),
+    }
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Longest part of a word that a span is widened by, in characters; some scripts do not space words.
+const MAX_WIDENING: usize = 24;
+
+/// Widens a byte range to whole words and trims white space.
+fn whole_words(text: &str, range: Range<usize>) -> Range<usize> {
+    let word = |c: &char| c.is_alphanumeric() || *c == '_';
+    let (mut start, mut end) = (range.start, range.end);
+    let begins_in_word = text[start..].chars().next().is_some_and(|c| word(&c));
+    let ends_in_word = text[..end].chars().next_back().is_some_and(|c| word(&c));
+    if begins_in_word {
+        start -= text[..start]
+            .chars()
+            .rev()
+            .take_while(word)
+            .take(MAX_WIDENING)
+            .map(char::len_utf8)
+            .sum::<usize>();
+    }
+    if ends_in_word {
+        end += text[end..]
+            .chars()
+            .take_while(word)
+            .take(MAX_WIDENING)
+            .map(char::len_utf8)
+            .sum::<usize>();
+    }
+    let slice = &text[start..end];
+    let trimmed = slice.trim();
+    if trimmed.is_empty() {
+        return start..end;
+    }
+    start += slice.len() - slice.trim_start().len();
+    start..start + trimmed.len()
+}
+
+/// Merges spans that overlap or touch; the strongest names the result.
+fn merge(mut spans: Vec<Span>) -> Vec<Span> {
+    spans.sort_by_key(|span| (span.bytes.start, span.bytes.end));
+    let mut merged: Vec<Span> = Vec::new();
+    for span in spans {
+        match merged.last_mut().filter(|last| span.bytes.start <= last.bytes.end) {
+            Some(last) => {
+                last.bytes.end = last.bytes.end.max(span.bytes.end);
+                if span.score > last.score {
+                    (last.score, last.signal) = (span.score, span.signal);
+                }
+            }
+            None => merged.push(span),
+        }
+    }
+    merged
+}
+
+/// sha256 of the files a codebook is bound to.
+///
+/// # Errors
+/// [`Error::ModelLoad`] for a file that cannot be read.
+pub fn fingerprint(detector: &Path, weights: &Weights) -> Result<Fingerprint> {
+    let file = |name: &str| {
+        let path = detector.join(name);
+        let bytes = std::fs::read(&path)
+            .map_err(|error| Error::model(&path, format!("cannot be read: {error}")))?;
+        Ok(sha256(&bytes))
+    };
+    Ok(Fingerprint {
+        weights_sha256: sha256(weights.as_bytes()),
+        tokenizer_sha256: file("tokenizer.json")?,
+        config_sha256: file("config.json")?,
+    })
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn join(sites: &[crate::model::Site]) -> String {
+    sites.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_grow_to_words_and_lose_spaces() {
+        let text = "say: ignöre the rest ";
+        let start = text.find('n').unwrap();
+        assert_eq!(&text[whole_words(text, start..text.len())], "ignöre the rest");
+        assert_eq!(&text[whole_words(text, 4..7)], "ignöre");
+        assert_eq!(whole_words(text, 4..5), 4..5);
+    }
+
+    #[test]
+    fn touching_spans_become_one_named_by_the_strongest() {
+        let span = |bytes, score, signal: &str| Span { bytes, score, signal: signal.into() };
+        let merged =
+            merge(vec![span(4..9, 0.5, "b"), span(0..5, 0.9, "a"), span(20..22, 0.4, "c")]);
+        assert_eq!(merged, [span(0..9, 0.9, "a"), span(20..22, 0.4, "c")]);
+    }
+}

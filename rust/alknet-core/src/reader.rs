@@ -1,0 +1,234 @@
+//! Reader: tokenizer and engine together, text in, activations out.
+//!
+//! One `bos` token stands in front of every piece as an attention sink. It is read once when the
+//! reader is made; every piece continues from a clone of its cache, so that rows are exactly the
+//! piece's own tokens.
+
+use std::{ops::Range, path::Path, sync::Arc};
+
+use crate::{
+    capture::{Activations, Capture},
+    error::{Error, Result},
+    model::{
+        Backend, KvCache, LlamaConfig, Sequence, Sink, Site, TokenId, candle::CandleBackend,
+        native::NativeBackend, weights::Weights,
+    },
+    tokenize::Tokenizer,
+};
+
+/// Which engine runs the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// Our CPU kernels.
+    #[default]
+    Native,
+    /// candle in fp32: portable, the numerical reference.
+    Candle,
+}
+
+/// How the model is run; none of it changes a verdict beyond the engine's stated tolerance.
+#[derive(Debug, Clone, Default)]
+pub struct ReaderOptions {
+    /// The engine.
+    pub engine: Engine,
+    /// Threads; by default what affinity and the container's quota allow.
+    pub threads: Option<usize>,
+    /// Instruction set to hold the native engine to; by default the best one of this CPU.
+    pub isa: Option<alknet_kernels::Isa>,
+}
+
+/// Tokenizer and engine of a detector.
+pub struct Reader {
+    tokenizer: Tokenizer,
+    backend: Arc<dyn Backend>,
+    prefix: KvCache,
+}
+
+impl Reader {
+    /// Loads `model.safetensors`, `config.json` and `tokenizer.json` of a detector folder.
+    ///
+    /// # Errors
+    /// [`Error::ModelLoad`] for a file that is missing, damaged or not supported, [`Error::Config`]
+    /// for sites or options that the model does not have.
+    pub fn open(detector: &Path, sites: &[Site], options: &ReaderOptions) -> Result<Self> {
+        let weights = Arc::new(Weights::open(&detector.join("model.safetensors"))?);
+        Self::with_weights(detector, weights, sites, options)
+    }
+
+    /// As [`Reader::open`], with weights that are already mapped.
+    ///
+    /// # Errors
+    /// As [`Reader::open`].
+    pub fn with_weights(
+        detector: &Path,
+        weights: Arc<Weights>,
+        sites: &[Site],
+        options: &ReaderOptions,
+    ) -> Result<Self> {
+        let config = LlamaConfig::from_file(&detector.join("config.json"))?;
+        let path = detector.join("tokenizer.json");
+        let (tokenizer, backend) = std::thread::scope(|scope| {
+            // Parsing the vocabulary and packing the weights take about as long as each other.
+            let tokenizer = scope.spawn(|| Tokenizer::from_file(&path));
+            let backend = load_backend(weights, &config, sites, options);
+            let tokenizer = tokenizer.join().unwrap_or_else(|_| {
+                Err(Error::model(&path, "the tokenizer could not be built from it"))
+            });
+            (tokenizer, backend)
+        });
+        Self::new(tokenizer?, backend?, config.bos_token_id)
+    }
+
+    /// A reader over any engine.
+    ///
+    /// # Errors
+    /// [`Error::Inference`] when the engine cannot read the `bos` token.
+    pub fn new(
+        tokenizer: Tokenizer,
+        backend: Arc<dyn Backend>,
+        bos_token_id: Option<TokenId>,
+    ) -> Result<Self> {
+        let mut prefix = backend.new_cache();
+        if let Some(bos) = bos_token_id {
+            let batch = &mut [Sequence { input_ids: &[bos], cache: &mut prefix }];
+            backend.forward(batch, &mut Discard)?;
+        }
+        Ok(Self { tokenizer, backend, prefix })
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The engine.
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// Cache of a piece of which nothing has been read yet, ready for [`Reader::extend`].
+    pub fn start(&self) -> KvCache {
+        self.prefix.clone()
+    }
+
+    /// Most tokens of one piece.
+    pub fn max_tokens(&self) -> usize {
+        self.backend.max_position_embeddings() - self.prefix.len()
+    }
+
+    /// Reads `input_ids` after what `cache` holds and hands the rows to `sink`.
+    ///
+    /// # Errors
+    /// As [`Backend::forward`].
+    pub fn extend(
+        &self,
+        cache: &mut KvCache,
+        input_ids: &[TokenId],
+        sink: &mut dyn Sink,
+    ) -> Result<()> {
+        self.backend.forward(&mut [Sequence { input_ids, cache }], sink)
+    }
+
+    /// Reads several pieces from their beginning, in one pass, and hands the rows to `sink`.
+    ///
+    /// # Errors
+    /// As [`Backend::forward`].
+    pub fn read(&self, pieces: &[&[TokenId]], sink: &mut dyn Sink) -> Result<()> {
+        let mut caches = vec![self.prefix.clone(); pieces.len()];
+        let mut batch: Vec<_> = pieces
+            .iter()
+            .zip(&mut caches)
+            .map(|(input_ids, cache)| Sequence { input_ids, cache })
+            .collect();
+        self.backend.forward(&mut batch, sink)
+    }
+
+    /// Activations of the first tokens of a text at every site, `[seq_len, n_sites, hidden_size]`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the text has more tokens than one piece may have.
+    pub fn activations(&self, text: &str) -> Result<Activations> {
+        let encoding = self.tokenizer.encode(text)?;
+        let n = encoding.input_ids.len();
+        if n > self.max_tokens() {
+            return Err(Error::Input(format!(
+                "the text has {n} tokens, the model reads {} at once: split it",
+                self.max_tokens()
+            )));
+        }
+        let mut capture =
+            Capture::new(&[n], self.backend.sites().len(), self.backend.hidden_size());
+        if n > 0 {
+            self.read(&[&encoding.input_ids], &mut capture)?;
+        }
+        Ok(capture.sequences.remove(0))
+    }
+}
+
+fn load_backend(
+    weights: Arc<Weights>,
+    config: &LlamaConfig,
+    sites: &[Site],
+    options: &ReaderOptions,
+) -> Result<Arc<dyn Backend>> {
+    Ok(match options.engine {
+        Engine::Native => {
+            Arc::new(NativeBackend::load(weights, config, sites, options.threads, options.isa)?)
+        }
+        Engine::Candle => Arc::new(CandleBackend::load(weights, config, sites, options.threads)?),
+    })
+}
+
+/// Token ranges of the segments of a text: `length` tokens each, neighbours share `overlap`; none is
+/// left out, and a text that fits is one segment.
+pub fn segments(n_tokens: usize, length: usize, overlap: usize) -> Vec<Range<usize>> {
+    let step = length - overlap;
+    let mut ranges = Vec::new();
+    let mut start = 0;
+    while start < n_tokens {
+        let end = (start + length).min(n_tokens);
+        ranges.push(start..end);
+        if end == n_tokens {
+            break;
+        }
+        start += step;
+    }
+    ranges
+}
+
+/// Takes rows nobody wants.
+struct Discard;
+
+impl Sink for Discard {
+    fn rows(&mut self, _: usize, _: usize, _: usize, _: &[f32]) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_text_that_fits_is_one_segment() {
+        assert!(segments(0, 8, 2).is_empty());
+        assert_eq!(segments(8, 8, 2), [0..8]);
+        assert_eq!(segments(9, 8, 2), [0..8, 6..9]);
+        assert_eq!(segments(14, 8, 2), [0..8, 6..14]);
+    }
+
+    proptest! {
+        #[test]
+        fn segments_cover_everything(n in 1usize..500, length in 2usize..60, overlap in 0usize..59) {
+            let overlap = overlap.min(length - 1);
+            let ranges = segments(n, length, overlap);
+            prop_assert_eq!(ranges[0].start, 0);
+            prop_assert_eq!(ranges.last().unwrap().end, n);
+            for pair in ranges.windows(2) {
+                prop_assert_eq!(pair[0].end - pair[1].start, overlap);
+                prop_assert_eq!(pair[0].len(), length);
+            }
+        }
+    }
+}

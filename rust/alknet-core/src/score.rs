@@ -1,0 +1,113 @@
+//! Score: windowed projections of one piece of text to p-values, through the directions and splines.
+//!
+//! Per origin, a window's statistic is its largest log-odds over the scored directions, and the
+//! piece's statistic is its largest window; the benign null of that maximum, for the length class,
+//! turns it into `x = −log₁₀ p`. Novelty is the same with the mean tail depth of the components,
+//! `1/K Σ_k −ln(2 min(u_k, 1 − u_k))`, `u_k` from the component's benign distribution.
+
+use std::ops::Range;
+
+use crate::{
+    codebook::Codebook,
+    error::{Error, Result},
+    window,
+};
+
+/// Largest `−log₁₀ p` that is reported: the tails are extrapolated, and nothing is known out there.
+const MAX_X: f64 = 12.0;
+
+/// What one window says.
+#[derive(Debug, Clone)]
+pub struct WindowScore {
+    /// Tokens of the piece that it covers.
+    pub tokens: Range<usize>,
+    /// `−log₁₀ p` per origin of the codebook, as if this window were the piece's largest.
+    pub attack: Vec<f64>,
+    /// Log-odds of every direction.
+    pub logits: Vec<f64>,
+    /// `−log₁₀ p` of the novelty.
+    pub novelty: f64,
+}
+
+/// Scores every window of one piece.
+///
+/// # Shapes
+/// - `projections`: `[n_tokens, n_components]`
+///
+/// # Errors
+/// [`Error::Inference`] when any number is not finite: such a piece has no verdict.
+pub fn windows(codebook: &Codebook, projections: &[f32]) -> Result<Vec<WindowScore>> {
+    let k = codebook.n_components();
+    let n_tokens = projections.len() / k;
+    let class = codebook.length_class(n_tokens);
+    let mut z = vec![0.0; k];
+    window::ranges(n_tokens, codebook.window, codebook.stride)
+        .map(|tokens| {
+            window::mean(projections, k, tokens.clone(), &mut z);
+            score(codebook, class, tokens, &z)
+        })
+        .collect()
+}
+
+/// Scores one window from its mean projections `z`, `[n_components]`.
+fn score(
+    codebook: &Codebook,
+    class: usize,
+    tokens: Range<usize>,
+    z: &[f32],
+) -> Result<WindowScore> {
+    let logits: Vec<f64> = (0..codebook.directions.len()).map(|d| codebook.logit(d, z)).collect();
+    let depth: f64 = z.iter().enumerate().map(|(k, &z)| tail_depth(codebook.cdf(k, z))).sum();
+    let depth = depth / z.len() as f64;
+    if !depth.is_finite() || !logits.iter().all(|l| l.is_finite()) {
+        return Err(Error::Inference("the score is not finite: the text was not screened".into()));
+    }
+    let attack = |(o, origin)| {
+        let scored = codebook.directions.iter().zip(&logits);
+        let own = scored.filter(|(d, _)| d.scored && d.origin == origin);
+        let statistic = own.map(|(_, &logit)| logit).fold(f64::NEG_INFINITY, f64::max);
+        codebook.null(o, class).eval_linear_above(statistic).clamp(0.0, MAX_X)
+    };
+    Ok(WindowScore {
+        tokens,
+        attack: codebook.origins.iter().copied().enumerate().map(attack).collect(),
+        novelty: codebook.novelty_null(class).eval_linear_above(depth).clamp(0.0, MAX_X),
+        logits,
+    })
+}
+
+/// How far into a tail of its distribution a value lies: 0 at the median, unbounded outwards.
+fn tail_depth(u: f64) -> f64 {
+    // A tail probability below the smallest float is as deep as it gets, not infinitely deep.
+    -(2.0 * u.min(1.0 - u)).max(f64::MIN_POSITIVE).ln()
+}
+
+/// `p` of the smallest of `looks` independent p-values, from the smallest one as `x = −log₁₀ p` (Šidák).
+pub fn corrected_p(x: f64, looks: usize) -> f64 {
+    let p = 10f64.powf(-x);
+    if p >= 1.0 {
+        return 1.0;
+    }
+    -((-p).ln_1p() * looks as f64).exp_m1()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn correction_is_sidak() {
+        assert!((corrected_p(2.0, 1) - 0.01).abs() < 1e-12);
+        assert!((corrected_p(2.0, 3) - (1.0 - 0.99f64.powi(3))).abs() < 1e-12);
+        assert!((corrected_p(12.0, 4) - 4e-12).abs() < 1e-20);
+        assert_eq!(corrected_p(0.0, 5), 1.0);
+    }
+
+    #[test]
+    fn tails_are_deep_but_finite() {
+        assert_eq!(tail_depth(0.5), 0.0);
+        assert!((tail_depth(0.01) - tail_depth(0.99)).abs() < 1e-12);
+        assert!(tail_depth(0.0).is_finite() && tail_depth(0.0) > 100.0);
+        assert!(tail_depth(f64::NAN).is_nan());
+    }
+}
