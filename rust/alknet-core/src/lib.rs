@@ -18,6 +18,7 @@ pub mod codebook;
 pub mod error;
 pub mod firewall;
 pub mod model;
+pub mod pack;
 pub mod project;
 pub mod reader;
 pub mod score;

@@ -135,7 +135,28 @@ pub struct RotaryFrequencies {
     pub attention_factor: f64,
 }
 
+/// A tensor of one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockTensor {
+    /// Name after `model.layers.N.` in Hugging Face checkpoints.
+    pub name: &'static str,
+    /// Number of rows (outputs of a matrix; 1 for vectors).
+    pub rows: usize,
+    /// Numbers in one row (inputs of a matrix).
+    pub cols: usize,
+}
+
+impl BlockTensor {
+    /// Name in the checkpoint.
+    pub fn full_name(&self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.name)
+    }
+}
+
 impl LlamaConfig {
+    /// Name of the embedding matrix, `[vocab_size, hidden_size]`, in Hugging Face checkpoints.
+    pub const EMBEDDINGS: &str = "model.embed_tokens.weight";
+
     /// Reads and validates `config.json`.
     ///
     /// # Errors
@@ -170,8 +191,42 @@ impl LlamaConfig {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
 
+    /// The tensors that every block has, norms and biases as one row.
+    pub fn block_tensors(&self) -> Vec<BlockTensor> {
+        let (hidden, ffn) = (self.hidden_size, self.intermediate_size);
+        let queries = self.num_attention_heads * self.head_dim();
+        let keys = self.num_key_value_heads() * self.head_dim();
+        let mut tensors = vec![
+            ("input_layernorm.weight", 1, hidden),
+            ("self_attn.q_proj.weight", queries, hidden),
+            ("self_attn.k_proj.weight", keys, hidden),
+            ("self_attn.v_proj.weight", keys, hidden),
+            ("self_attn.o_proj.weight", hidden, queries),
+            ("post_attention_layernorm.weight", 1, hidden),
+            ("mlp.gate_proj.weight", ffn, hidden),
+            ("mlp.up_proj.weight", ffn, hidden),
+            ("mlp.down_proj.weight", hidden, ffn),
+        ];
+        if self.attention_bias {
+            tensors.extend([
+                ("self_attn.q_proj.bias", 1, queries),
+                ("self_attn.k_proj.bias", 1, keys),
+                ("self_attn.v_proj.bias", 1, keys),
+                ("self_attn.o_proj.bias", 1, hidden),
+            ]);
+        }
+        if self.mlp_bias {
+            tensors.extend([
+                ("mlp.gate_proj.bias", 1, ffn),
+                ("mlp.up_proj.bias", 1, ffn),
+                ("mlp.down_proj.bias", 1, hidden),
+            ]);
+        }
+        tensors.into_iter().map(|(name, rows, cols)| BlockTensor { name, rows, cols }).collect()
+    }
+
     /// Checks every size against the others and against limits that bound what is allocated.
-    fn validate(&self) -> std::result::Result<(), String> {
+    pub(crate) fn validate(&self) -> std::result::Result<(), String> {
         let sizes = [
             ("hidden_size", self.hidden_size, 1 << 16),
             ("intermediate_size", self.intermediate_size, 1 << 18),

@@ -33,15 +33,32 @@ pub enum Format {
 }
 
 impl Format {
-    /// Bytes of one row of `cols` numbers; `None` when `cols` is no whole number of blocks.
+    /// Bytes of one row of `cols` numbers; `None` when `cols` is no whole number of blocks, or absurd.
     pub fn row_bytes(self, cols: usize) -> Option<usize> {
         match self {
-            Self::F32 => Some(cols * 4),
-            Self::F16 | Self::Bf16 => Some(cols * 2),
-            Self::Ggml(kind) => {
-                (cols % kind.block_size() == 0).then(|| cols / kind.block_size() * kind.type_size())
-            }
+            Self::F32 => cols.checked_mul(4),
+            Self::F16 | Self::Bf16 => cols.checked_mul(2),
+            Self::Ggml(kind) => (cols % kind.block_size() == 0)
+                .then(|| (cols / kind.block_size()).checked_mul(kind.type_size()))
+                .flatten(),
         }
+    }
+}
+
+impl Format {
+    /// Bytes of one element of the safetensors tensor that stores this format.
+    pub(crate) fn stored_size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Ggml(_) => 1,
+        }
+    }
+
+    /// Name in the metadata entry `ggml` of packed files; `None` for plain numbers.
+    pub(crate) fn ggml_name(self) -> Option<&'static str> {
+        let Self::Ggml(kind) = self else { return None };
+        GGML_NAMES.iter().find(|(_, k)| *k == kind).map(|(name, _)| *name)
     }
 }
 
@@ -59,13 +76,8 @@ const GGML_NAMES: [(&str, GgmlDType); 10] = [
     ("q6_k", GgmlDType::Q6K),
 ];
 
-/// Name of a block type in packed files.
-pub fn ggml_name(kind: GgmlDType) -> Option<&'static str> {
-    GGML_NAMES.iter().find(|(_, k)| *k == kind).map(|(name, _)| *name)
-}
-
 /// Block type of a name in packed files.
-pub fn ggml_from_name(name: &str) -> Option<GgmlDType> {
+fn ggml_from_name(name: &str) -> Option<GgmlDType> {
     GGML_NAMES.iter().find(|(n, _)| *n == name).map(|(_, kind)| *kind)
 }
 
@@ -95,14 +107,7 @@ impl Weights {
     /// # Errors
     /// [`Error::ModelLoad`] for a file that is missing, not safetensors, or of an unknown format.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path)
-            .map_err(|error| Error::model(path, format!("cannot be opened: {error}")))?;
-        // SAFETY: the mapping is read-only and private to this value. Another process that truncates
-        // the file meanwhile would make reads fault; detector files are written to a new name and
-        // renamed into place, never changed.
-        #[expect(unsafe_code, reason = "mapping the weights lets processes share them")]
-        let map = unsafe { Mmap::map(&file) }
-            .map_err(|error| Error::model(path, format!("cannot be mapped: {error}")))?;
+        let map = map_file(path)?;
         let tensors = directory(&map).map_err(|problem| Error::model(path, problem))?;
         Ok(Self { path: path.to_owned(), map, tensors })
     }
@@ -174,6 +179,18 @@ impl Weights {
         self.widen_rows(info, 0..rows, &mut out)?;
         Ok(out)
     }
+}
+
+/// Maps a file for reading.
+pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
+    let file = File::open(path)
+        .map_err(|error| Error::model(path, format!("cannot be opened: {error}")))?;
+    // SAFETY: the mapping is read-only and private to its owner. Another process that truncates
+    // the file meanwhile would make reads fault; detector files are written to a new name and
+    // renamed into place, never changed.
+    #[expect(unsafe_code, reason = "mapping the weights lets processes share them")]
+    let map = unsafe { Mmap::map(&file) };
+    map.map_err(|error| Error::model(path, format!("cannot be mapped: {error}")))
 }
 
 /// Reads the directory of a packed file.
