@@ -1,0 +1,5 @@
+"""``python -m alknet_firewall``."""
+
+from .cli import main
+
+main()

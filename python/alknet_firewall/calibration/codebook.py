@@ -1,0 +1,313 @@
+"""Compiles a codebook: fits, cross-fits, calibrates, and writes the file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save
+from scipy.interpolate import PchipInterpolator
+from sklearn.linear_model import LogisticRegression
+
+from .. import _core
+from ..errors import InputError
+from .activations import Layout
+from .corpus import Row, sha256_of
+from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
+from .fit import Directions, FitOptions, fit_directions
+from .null import LENGTH_CLASSES, component_cdf, null_splines
+
+Array = npt.NDArray[np.float64]
+Progress = Callable[[str, int, int | None], None]
+
+__all__ = ["compile_codebook", "recalibrate"]
+
+# The scored direction of each origin, and the behaviours that explain it, by kind and family.
+_SCORED = {"user": "attack", "document": "embedded_instruction"}
+_EXPLAINED: dict[str, dict[str, Callable[[Row], bool]]] = {
+    "user": {
+        "instruction_override": lambda row: (
+            row.kind == "direct_injection" and "extraction" not in row.family
+        ),
+        "jailbreak": lambda row: row.kind == "jailbreak",
+        "extraction": lambda row: "extraction" in row.family,
+    },
+    "document": {},
+}
+
+# Fewest attack texts from which a behaviour gets a direction of its own.
+_MIN_EXAMPLES = 100
+
+
+def compile_codebook(
+    corpus: Corpus,
+    detector: Path,
+    out: Path,
+    *,
+    layout: Layout,
+    options: FitOptions,
+    quality: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write the codebook of a detector folder, fitted on all of a corpus.
+
+    The null comes from left-out scores. The same corpus and detector give the same bytes.
+
+    Parameters
+    ----------
+    quality : mapping, optional
+        Measured quality to record, as from `evaluate`.
+
+    Raises
+    ------
+    InputError
+        If the corpus lacks attacks or benign text of an origin.
+    """
+    _check(corpus)
+    left_out = cross_fit(corpus, options, progress=progress)
+    moments = corpus.benign_moments()
+    fitted = [
+        fit_directions(
+            corpus.windows, corpus.attack, corpus.groups, corpus.of_origin(origin), options, moments
+        )
+        for origin in ORIGINS
+    ]
+    tensors = _projection(fitted)
+    z = _projections(corpus, tensors)
+    tensors |= _directions(corpus, fitted, z)
+    tensors |= _distributions(corpus, z, np.flatnonzero(~corpus.attack))
+    tensors |= _novelty_null(corpus, z)
+    tensors |= _nulls(corpus, left_out)
+    directions = [
+        {"name": name, "origin": origin, "scored": scored}
+        for name, origin, scored in _direction_list(corpus)
+    ]
+    counts = Counter((row.source, row.kind) for row in corpus.rows)
+    metadata = _core.fingerprint(str(detector)) | {
+        "format_version": "1",
+        "detector": detector.name,
+        "library_version": _core.__version__,
+        "sites": ",".join(layout.sites),
+        "hidden_size": str(corpus.windows.x.shape[1] // len(layout.sites)),
+        "window": str(layout.window),
+        "stride": str(layout.stride),
+        "segment_tokens": str(layout.segment_tokens),
+        "segment_overlap": str(layout.segment_overlap),
+        "length_classes": json.dumps(LENGTH_CLASSES),
+        "origins": json.dumps(ORIGINS),
+        "directions": json.dumps(directions),
+        "calibration": json.dumps(
+            {
+                "rows": len(corpus.rows),
+                "sha256": sha256_of(corpus.rows),
+                "sources": {f"{s}/{k}": n for (s, k), n in sorted(counts.items())},
+            }
+        ),
+        "quality": json.dumps(quality or {}),
+    }
+    _write(out, tensors, metadata)
+
+
+def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
+    """Write a codebook whose nulls come from one's own ordinary text; nothing else changes.
+
+    Every row counts as benign and is judged by the codebook's own directions.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than 300 rows: p = 0.001 could not even be guessed.
+    """
+    if len(corpus.rows) < 300:
+        raise InputError(f"{len(corpus.rows)} texts: at least 300 are needed for a null")
+    tensors = load_file(codebook)
+    metadata = _core.inspect_codebook(str(codebook))
+    metadata.pop("n_components", None)
+    z = _projections(corpus, tensors)
+    directions = json.loads(metadata["directions"])
+    origins = json.loads(metadata["origins"])
+    statistics = np.stack(
+        [
+            _largest(corpus, _scored_logits(z, tensors, directions, origin)) for origin in origins
+        ]
+    )
+    depth = _largest(corpus, _depth(z, tensors))
+    classes = json.loads(metadata["length_classes"])
+    if tuple(classes) != LENGTH_CLASSES:
+        raise InputError(f"the codebook has length classes {classes}, this library makes {LENGTH_CLASSES}")
+    sources = corpus.sources
+    nulls = [null_splines(s, corpus.n_tokens, list(sources)) for s in statistics]
+    novelty = null_splines(depth, corpus.n_tokens, list(sources))
+    tensors["null_knots"] = np.stack([n[0] for n in nulls])
+    tensors["null_values"] = np.stack([n[1] for n in nulls])
+    tensors["novelty_knots"], tensors["novelty_values"] = novelty
+    metadata["null_calibration"] = json.dumps(
+        {"rows": len(corpus.rows), "sha256": sha256_of(corpus.rows)}
+    )
+    _write(out, tensors, metadata)
+
+
+def _check(corpus: Corpus) -> None:
+    for origin in ORIGINS:
+        texts = corpus.of_origin(origin)
+        attacks = int(corpus.attack[texts].sum())
+        if attacks < 50 or len(texts) - attacks < 300:
+            raise InputError(
+                f"{attacks} attacks and {len(texts) - attacks} benign texts of origin {origin}: "
+                "at least 50 and 300 are needed"
+            )
+
+
+def _projection(fitted: Sequence[Directions]) -> dict[str, Array]:
+    """One projection for all origins: their components one after the other, about a common mean.
+
+    The origins' own means differ; the difference goes into the bias of their directions.
+    """
+    mean = np.mean([d.mean for d in fitted], axis=0)
+    return {"mean": mean, "components": np.concatenate([d.components for d in fitted])}
+
+
+def _projections(corpus: Corpus, tensors: Mapping[str, Array]) -> Array:
+    """``(n_windows, n_components)``."""
+    components = tensors["components"]
+    every = Directions(tensors["mean"], components, np.zeros(len(components)), 0.0)
+    return every.project(corpus.windows.x)
+
+
+def _direction_list(corpus: Corpus) -> list[tuple[str, str, bool]]:
+    found = [(name, origin, True) for origin, name in _SCORED.items()]
+    for origin, behaviours in _EXPLAINED.items():
+        for name, belongs in behaviours.items():
+            if sum(belongs(row) for row in corpus.rows if row.attack) >= _MIN_EXAMPLES:
+                found.append((name, origin, False))
+    return found
+
+
+def _directions(corpus: Corpus, fitted: Sequence[Directions], z: Array) -> dict[str, Array]:
+    """Weights and bias of every direction, scored ones first."""
+    mean = np.mean([d.mean for d in fitted], axis=0)
+    n = sum(len(d.components) for d in fitted)
+    weights, bias, first = [], [], 0
+    for own in fitted:
+        row = np.zeros(n)
+        row[first : first + len(own.components)] = own.weights
+        weights.append(row)
+        bias.append(own.bias + float(own.weights @ (own.components @ (mean - own.mean))))
+        first += len(own.components)
+    scored = dict(zip(ORIGINS, range(len(fitted)), strict=True))
+    benign = np.flatnonzero(~corpus.attack)
+    for name, origin, is_scored in _direction_list(corpus):
+        if is_scored:
+            continue
+        logits = z @ weights[scored[origin]] + bias[scored[origin]]
+        belongs = _EXPLAINED[origin][name]
+        own_texts = [t for t, row in enumerate(corpus.rows) if row.attack and belongs(row)]
+        positive = _best_windows(corpus, np.array(own_texts), logits)
+        negative = _best_windows(corpus, benign, logits)
+        model = LogisticRegression(class_weight="balanced", max_iter=500)
+        rows = np.concatenate([positive, negative])
+        model.fit(z[rows], np.arange(len(rows)) < len(positive))
+        weights.append(model.coef_[0])
+        bias.append(float(model.intercept_[0]))
+    return {"direction_weights": np.stack(weights), "direction_bias": np.array(bias)}
+
+
+def _best_windows(corpus: Corpus, texts: npt.NDArray[np.int64], logits: Array) -> npt.NDArray[Any]:
+    """The highest scoring window of every text."""
+    starts = corpus.windows.starts
+    return np.array([starts[t] + int(logits[starts[t] : starts[t + 1]].argmax()) for t in texts])
+
+
+def _distributions(
+    corpus: Corpus, z: Array, benign: npt.NDArray[np.int64]
+) -> dict[str, Array]:
+    """Distribution of every component over benign windows; texts weigh alike within a source."""
+    rows = corpus.windows.rows(benign)
+    lengths = np.diff(corpus.windows.starts)[benign]
+    _, inverse, counts = np.unique(corpus.sources[benign], return_inverse=True, return_counts=True)
+    weights = np.repeat(1.0 / (lengths * np.sqrt(counts[inverse])), lengths)
+    splines = [component_cdf(z[rows, k], weights) for k in range(z.shape[1])]
+    return {
+        "cdf_knots": np.stack([x for x, _ in splines]),
+        "cdf_values": np.stack([y for _, y in splines]),
+    }
+
+
+def _nulls(corpus: Corpus, left_out: Array) -> dict[str, Array]:
+    knots, values = [], []
+    for o, origin in enumerate(ORIGINS):
+        texts = corpus.of_origin(origin)
+        texts = texts[~corpus.attack[texts]]
+        x, y = null_splines(left_out[o, texts], corpus.n_tokens[texts], list(corpus.sources[texts]))
+        knots.append(x)
+        values.append(y)
+    return {"null_knots": np.stack(knots), "null_values": np.stack(values)}
+
+
+def _novelty_null(corpus: Corpus, z: Array) -> dict[str, Array]:
+    """Null of the novelty: every benign text against distributions without its fold."""
+    depth = np.full(len(corpus.rows), np.nan)
+    for fold in folds_of(corpus.rows):
+        held = np.isin(corpus.sources, fold)
+        others = _distributions(corpus, z, np.flatnonzero(~held & ~corpus.attack))
+        depth[held] = _largest(corpus, _depth(z, others))[held]
+    benign = np.flatnonzero(~corpus.attack)
+    knots, values = null_splines(
+        depth[benign], corpus.n_tokens[benign], list(corpus.sources[benign])
+    )
+    return {"novelty_knots": knots, "novelty_values": values}
+
+
+def _depth(z: Array, tensors: Mapping[str, Array]) -> Array:
+    """Mean tail depth of every window, as the library scores novelty, ``(n_windows,)``."""
+    depth = np.zeros(len(z))
+    for k, (x, y) in enumerate(zip(tensors["cdf_knots"], tensors["cdf_values"], strict=True)):
+        spline = PchipInterpolator(x, y)
+        slopes = spline.derivative()(x[[0, -1]])
+        inside = np.clip(z[:, k], x[0], x[-1])
+        # Both tails are exponential, so their depth grows linearly beyond the last knots.
+        below = slopes[0] / y[0] * (inside - z[:, k]).clip(min=0)
+        above = slopes[1] / (1 - y[-1]) * (z[:, k] - inside).clip(min=0)
+        u = spline(inside)
+        depth += -np.log(2 * np.minimum(u, 1 - u)) + below + above
+    mean: Array = depth / len(tensors["cdf_knots"])
+    return mean
+
+
+def _scored_logits(
+    z: Array, tensors: Mapping[str, Array], directions: Sequence[Mapping[str, Any]], origin: str
+) -> Array:
+    """Largest log-odds over an origin's scored directions, ``(n_windows,)``."""
+    own = [d for d, info in enumerate(directions) if info["scored"] and info["origin"] == origin]
+    logits = z @ tensors["direction_weights"][own].T + tensors["direction_bias"][own]
+    largest: Array = logits.max(axis=1)
+    return largest
+
+
+def _largest(corpus: Corpus, of_window: Array) -> Array:
+    """Largest value over the windows of every text, ``(n_texts,)``."""
+    largest: Array = np.maximum.reduceat(of_window, corpus.windows.starts[:-1])
+    return largest
+
+
+def _write(out: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+    """Writes the file under another name first, so that a reader never sees half of it."""
+    arrays = {name: np.ascontiguousarray(x, dtype="<f4") for name, x in sorted(tensors.items())}
+    partial = out.with_name(out.name + ".part")
+    partial.write_bytes(_sorted_header(save(arrays, metadata=dict(metadata))))
+    _core.inspect_codebook(str(partial))  # Nothing is left behind that the library would refuse.
+    partial.replace(out)
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same file with the keys of its header in order: the writer's order changes between runs."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]

@@ -1,0 +1,255 @@
+"""Components and directions: what separates the windows of attacks from those of benign text.
+
+For one origin: (1) μ and a scale per dimension from benign windows, sources weighing alike;
+(2) positives: every window of the attack texts at first, then in every attack text its best window
+under the current scorer (multiple-instance learning: only part of an injected document is an
+injection); (3) covariance within sources, of benign and of positive windows, averaged over
+(source, kind) and shrunk to its mean variance, whitens; (4) one row per (source, kind), the mean
+whitened positive window; the first right singular vectors of these rows are the components; (5) a
+logistic regression on the projections, classes balanced, sources weighing 1/√n; (6) again from (2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import solve_triangular
+from sklearn.linear_model import LogisticRegression
+
+Array = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+__all__ = ["Directions", "FitOptions", "Moments", "Windows", "fit_directions"]
+
+
+@dataclass(frozen=True, slots=True)
+class FitOptions:
+    """Choices of the recipe; the defaults are those of the shipped codebook."""
+
+    n_components: int = 8
+    shrinkage: float = 0.3
+    rounds: int = 3
+    regularisation: float = 1.0
+    # Windows of one benign text that enter the regression, evenly spread over it.
+    windows_per_text: int = 24
+    # The most alarming windows of every benign text that enter it besides, after the first round.
+    hard_windows: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Window means with the text each belongs to.
+
+    Attributes
+    ----------
+    x : ndarray
+        ``(n_windows, width)``, any float type.
+    starts : ndarray
+        ``(n_texts + 1,)``: text ``i`` owns rows ``starts[i]`` to ``starts[i + 1]``.
+    """
+
+    x: npt.NDArray[Any]
+    starts: Ints
+
+    def rows(self, texts: npt.NDArray[Any]) -> Ints:
+        """Window rows of some texts, text by text."""
+        spans = [np.arange(self.starts[t], self.starts[t + 1]) for t in texts]
+        return np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Number, mean and covariance of the windows of one (source, kind)."""
+
+    n: int
+    mean: Array
+    covariance: Array
+
+    @classmethod
+    def of(cls, x: npt.NDArray[Any]) -> Moments:
+        """Moments of the rows of ``x``; sums are made in blocks, so that it need not fit twice."""
+        total = np.zeros(x.shape[1])
+        outer = np.zeros((x.shape[1], x.shape[1]))
+        centre = x[: min(len(x), 256)].astype(np.float32).mean(axis=0)
+        for start in range(0, len(x), 16384):
+            block = x[start : start + 16384].astype(np.float32) - centre
+            total += block.sum(axis=0, dtype=np.float64)
+            outer += block.T @ block
+        offset = total / len(x)
+        covariance = outer / len(x) - np.outer(offset, offset)
+        return cls(len(x), centre + offset, covariance)
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """A fitted origin: ``logit = weights · (components @ (x − mean)) + bias``.
+
+    Attributes
+    ----------
+    mean : ndarray
+        ``(width,)``.
+    components : ndarray
+        ``(n_components, width)``, whitening folded in; each row's largest entry is positive.
+    weights : ndarray
+        ``(n_components,)``.
+    bias : float
+    """
+
+    mean: Array
+    components: Array
+    weights: Array
+    bias: float
+
+    def project(self, x: npt.NDArray[Any]) -> Array:
+        """Projections ``(n, n_components)`` of windows ``(n, width)``."""
+        projections = np.empty((len(x), len(self.components)))
+        for start in range(0, len(x), 65536):
+            block = x[start : start + 65536].astype(np.float32) - self.mean.astype(np.float32)
+            projections[start : start + 65536] = block @ self.components.T.astype(np.float32)
+        return projections
+
+    def logits(self, x: npt.NDArray[Any]) -> Array:
+        """Log-odds ``(n,)`` of windows ``(n, width)``."""
+        return self.project(x) @ self.weights + self.bias
+
+
+def fit_directions(
+    windows: Windows,
+    attack: npt.NDArray[np.bool_],
+    groups: Sequence[tuple[str, str]],
+    texts: Ints,
+    options: FitOptions,
+    benign_moments: dict[tuple[str, str], Moments],
+) -> Directions:
+    """Fit one origin on some texts.
+
+    Parameters
+    ----------
+    attack : ndarray
+        Bool ``(n_texts,)``.
+    groups : sequence of (source, kind)
+        One for each text.
+    texts : ndarray
+        The texts to use.
+    benign_moments : dict
+        Moments of the benign windows of every group among ``texts``; they do not change between
+        folds and rounds, so they are made once.
+    """
+    benign, attacks = texts[~attack[texts]], texts[attack[texts]]
+    moments = [benign_moments[g] for g in sorted({groups[t] for t in benign})]
+    mean = np.mean([m.mean for m in moments], axis=0)
+    benign_covariance = np.mean([m.covariance for m in moments], axis=0)
+    scale = np.sqrt(np.diag(benign_covariance)) + 1e-6
+
+    positives = [np.arange(windows.starts[t], windows.starts[t + 1]) for t in attacks]
+    negatives = _spread(windows, benign, options.windows_per_text)
+    negative_weights = _weights([groups[t] for t, rows in negatives for _ in rows])
+    negative_rows = np.concatenate([rows for _, rows in negatives])
+    fitted: Directions | None = None
+    for _ in range(options.rounds):
+        whiten = _whitener(windows, positives, attacks, groups, benign_covariance, scale, options)
+        components = _components(windows, positives, attacks, groups, mean, whiten, options)
+        fitted = Directions(mean, components, np.zeros(len(components)), 0.0)
+        rows = np.concatenate([*positives, negative_rows])
+        n_positive = len(rows) - len(negative_rows)
+        owners = [groups[t] for t, own in zip(attacks, positives, strict=True) for _ in own]
+        weights = np.concatenate([_weights(owners), negative_weights])
+        labels = np.arange(len(rows)) < n_positive
+        model = LogisticRegression(C=options.regularisation, max_iter=500)
+        weights *= np.where(labels, 0.5 / weights[labels].sum(), 0.5 / weights[~labels].sum())
+        model.fit(fitted.project(windows.x[rows]), labels, sample_weight=weights * len(texts))
+        fitted = Directions(mean, components, model.coef_[0], float(model.intercept_[0]))
+        positives = [_best(windows, t, fitted, 1) for t in attacks]
+        if options.hard_windows:
+            hard = [(t, _best(windows, t, fitted, options.hard_windows)) for t in benign]
+            both = negatives + hard
+            negative_rows = np.concatenate([rows for _, rows in both])
+            negative_weights = _weights([groups[t] for t, rows in both for _ in rows])
+    assert fitted is not None
+    return fitted
+
+
+def _spread(windows: Windows, texts: Ints, most: int) -> list[tuple[int, Ints]]:
+    """At most ``most`` windows of every text, evenly spread."""
+    chosen = []
+    for t in texts:
+        first, last = windows.starts[t], windows.starts[t + 1]
+        n = min(most, last - first)
+        chosen.append((int(t), np.unique(np.linspace(first, last - 1, n).astype(np.int64))))
+    return chosen
+
+
+def _best(windows: Windows, text: int, scorer: Directions, n: int) -> Ints:
+    """The ``n`` windows of a text that score highest."""
+    rows = np.arange(windows.starts[text], windows.starts[text + 1])
+    scores = scorer.logits(windows.x[rows])
+    return rows[np.argsort(-scores, kind="stable")[:n]]
+
+
+def _weights(owners: Sequence[tuple[str, str]]) -> Array:
+    """Weight of every window, so that a group of n windows weighs √n in all."""
+    names, inverse, counts = np.unique(
+        ["\0".join(owner) for owner in owners], return_inverse=True, return_counts=True
+    )
+    del names
+    weights: Array = 1.0 / np.sqrt(counts[inverse])
+    return weights
+
+
+def _by_group(
+    positives: list[Ints], attacks: Ints, groups: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Ints]:
+    rows: dict[tuple[str, str], list[Ints]] = {}
+    for t, own in zip(attacks, positives, strict=True):
+        rows.setdefault(groups[t], []).append(own)
+    return {group: np.concatenate(own) for group, own in sorted(rows.items())}
+
+
+def _whitener(
+    windows: Windows,
+    positives: list[Ints],
+    attacks: Ints,
+    groups: Sequence[tuple[str, str]],
+    benign_covariance: Array,
+    scale: Array,
+    options: FitOptions,
+) -> Array:
+    """Matrix W ``(width, width)`` that whitens: rows of ``W @ x`` are uncorrelated within groups."""
+    own = [Moments.of(windows.x[rows]) for rows in _by_group(positives, attacks, groups).values()]
+    enough = [m.covariance for m in own if m.n >= 8]
+    covariance = benign_covariance
+    if enough:
+        covariance = 0.5 * (benign_covariance + np.mean(enough, axis=0))
+    covariance = covariance / np.outer(scale, scale)
+    mean_variance = np.trace(covariance) / len(covariance)
+    shrunk = (1 - options.shrinkage) * covariance
+    shrunk[np.diag_indices_from(shrunk)] += options.shrinkage * mean_variance
+    factor = np.linalg.cholesky(shrunk)
+    inverse: Array = solve_triangular(factor, np.diag(1 / scale), lower=True)
+    return inverse
+
+
+def _components(
+    windows: Windows,
+    positives: list[Ints],
+    attacks: Ints,
+    groups: Sequence[tuple[str, str]],
+    mean: Array,
+    whiten: Array,
+    options: FitOptions,
+) -> Array:
+    """First right singular vectors of the groups' mean whitened positive windows."""
+    means = [
+        windows.x[rows].astype(np.float32).mean(axis=0, dtype=np.float64) - mean
+        for rows in _by_group(positives, attacks, groups).values()
+    ]
+    _, _, directions = np.linalg.svd(np.stack(means) @ whiten.T, full_matrices=False)
+    components = directions[: options.n_components] @ whiten
+    largest = np.abs(components).argmax(axis=1)
+    signs = np.sign(components[np.arange(len(components)), largest])
+    result: Array = components * signs[:, None]
+    return result

@@ -1,0 +1,123 @@
+"""The commands ``calibrate`` and ``evaluate``: files in, files out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import _core
+from ..authored import shipped_rows
+from ..detector import CODEBOOK, Progress, cache_home
+from ..errors import InputError
+from .activations import Layout, read_windows
+from .codebook import compile_codebook, recalibrate
+from .corpus import Row, read_corpora, row_from
+from .crossfit import Corpus
+from .evaluate import evaluate
+from .fit import FitOptions, Windows
+
+__all__ = ["calibrate", "calibrate_null", "evaluate_recipe", "load_corpus"]
+
+
+def load_corpus(
+    detector: Path,
+    paths: Iterable[Path],
+    layout: Layout,
+    *,
+    limit: int | None = None,
+    authored: bool = True,
+    cache: Path | None = None,
+    engine: str = "native",
+    progress: Progress | None = None,
+) -> Corpus:
+    """Read corpora and the activations of their texts.
+
+    Parameters
+    ----------
+    limit : int, optional
+        Most rows of one (source, kind): the first in the order of their texts' digests, so that a
+        larger limit keeps them.
+    authored : bool
+        Adds the calibration text that the package ships.
+    cache : Path, optional
+        Where activations are kept; by default in the user's cache folder.
+    """
+    rows = read_corpora(paths)
+    if authored:
+        known = {row.text for row in rows}
+        shipped = (row_from(values, "authored") for values in shipped_rows())
+        rows += [row for row in shipped if row is not None and row.text not in known]
+    if limit is not None:
+        rows = _sample(rows, limit)
+    if not rows:
+        raise InputError("there is no text to calibrate with")
+    reader = _core.Reader(str(detector), list(layout.sites), engine=engine)
+    store = read_windows(
+        [row.text for row in rows],
+        reader,
+        layout,
+        key=_core.fingerprint(str(detector))["weights_sha256"],
+        cache=cache or cache_home() / "activations",
+        progress=progress,
+    )
+    readable = store.n_tokens > 0
+    if not readable.all():
+        raise InputError("a row of the corpus holds no token")
+    return Corpus(rows, Windows(store.data, store.starts), store.n_tokens)
+
+
+def calibrate(
+    detector: Path,
+    paths: Sequence[Path],
+    out: Path | None = None,
+    *,
+    layout: Layout | None = None,
+    options: FitOptions | None = None,
+    progress: Progress | None = None,
+    **corpus_options: Any,
+) -> Path:
+    """Compile a codebook for a detector folder, by default into it; returns where it is."""
+    layout, options = layout or Layout(), options or FitOptions()
+    corpus = load_corpus(detector, paths, layout, progress=progress, **corpus_options)
+    target = out or detector / CODEBOOK
+    compile_codebook(corpus, detector, target, layout=layout, options=options, progress=progress)
+    return target
+
+
+def calibrate_null(
+    detector: Path, paths: Sequence[Path], out: Path, *, progress: Progress | None = None
+) -> Path:
+    """Re-calibrate the null of a detector's codebook on one's own ordinary text."""
+    metadata = _core.inspect_codebook(str(detector / CODEBOOK))
+    numbers = {n: int(metadata[n]) for n in ("window", "stride", "segment_tokens", "segment_overlap")}
+    layout = replace(Layout(), sites=tuple(metadata["sites"].split(",")), **numbers)
+    corpus = load_corpus(detector, paths, layout, authored=False, progress=progress)
+    recalibrate(detector / CODEBOOK, corpus, out)
+    return out
+
+
+def evaluate_recipe(
+    detector: Path,
+    paths: Sequence[Path],
+    *,
+    layout: Layout | None = None,
+    options: FitOptions | None = None,
+    progress: Progress | None = None,
+    **corpus_options: Any,
+) -> dict[str, Any]:
+    """Leave-sources-out evaluation of the recipe on a detector folder's model; see `evaluate`."""
+    layout, options = layout or Layout(), options or FitOptions()
+    corpus = load_corpus(detector, paths, layout, progress=progress, **corpus_options)
+    return evaluate(corpus, options, detector=detector.name, progress=progress)
+
+
+def _sample(rows: list[Row], limit: int) -> list[Row]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.digest):
+        own = groups.setdefault((row.source, row.kind), [])
+        if len(own) < limit:
+            own.append(row)
+    kept = {row.digest for own in groups.values() for row in own}
+    return [row for row in rows if row.digest in kept]

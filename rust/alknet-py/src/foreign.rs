@@ -1,0 +1,110 @@
+//! A Python `DetectorModel` as an engine of the core.
+
+use alknet_core::{
+    Error, Result,
+    model::{Backend, KvCache, Sequence, Sink, Site, TokenId},
+};
+use numpy::{PyReadonlyArray3, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+
+/// Calls `model.activations(input_ids)` for every sequence; nothing is cached between calls.
+pub(crate) struct ForeignBackend {
+    model: Py<PyAny>,
+    name: String,
+    sites: Vec<Site>,
+    hidden_size: usize,
+    max_position_embeddings: usize,
+    bos_token_id: Option<TokenId>,
+}
+
+impl ForeignBackend {
+    pub(crate) fn new(py: Python<'_>, model: Py<PyAny>) -> PyResult<Self> {
+        let bound = model.bind(py);
+        let sites: Vec<String> = bound.getattr("sites")?.extract()?;
+        let sites = sites
+            .iter()
+            .map(|site| site.parse().map_err(|error| crate::boundary::to_py_err(py, &error)))
+            .collect::<PyResult<Vec<Site>>>()?;
+        Ok(Self {
+            name: bound.get_type().name()?.to_string(),
+            hidden_size: bound.getattr("hidden_size")?.extract()?,
+            max_position_embeddings: bound.getattr("max_position_embeddings")?.extract()?,
+            bos_token_id: bound.getattr("bos_token_id")?.extract()?,
+            sites,
+            model,
+        })
+    }
+
+    pub(crate) fn bos_token_id(&self) -> Option<TokenId> {
+        self.bos_token_id
+    }
+
+    /// Activations of all `input_ids`, `[seq_len, n_sites, hidden_size]`, handed over from row `first` on.
+    fn run(
+        &self,
+        input_ids: &[TokenId],
+        first: usize,
+        sequence: usize,
+        sink: &mut dyn Sink,
+    ) -> Result<()> {
+        let rows = Python::attach(|py| -> PyResult<Vec<f32>> {
+            let array = self.model.call_method1(py, "activations", (input_ids.to_vec(),))?;
+            let array: PyReadonlyArray3<'_, f32> = array.extract(py)?;
+            let expected = [input_ids.len(), self.sites.len(), self.hidden_size];
+            if array.shape() != expected {
+                let message = format!("shape {:?}, expected {expected:?}", array.shape());
+                return Err(pyo3::exceptions::PyValueError::new_err(message));
+            }
+            Ok(array.as_array().iter().copied().collect())
+        });
+        let rows = rows.map_err(|error| self.failure(&error))?;
+        let stride = self.sites.len() * self.hidden_size;
+        for site in 0..self.sites.len() {
+            let own = |row: &[f32]| row[site * self.hidden_size..][..self.hidden_size].to_vec();
+            let own: Vec<f32> = rows.chunks_exact(stride).skip(first).flat_map(own).collect();
+            sink.rows(sequence, site, 0, &own)?;
+        }
+        Ok(())
+    }
+
+    /// The type of a Python exception only: its message might quote the text.
+    fn failure(&self, error: &PyErr) -> Error {
+        let kind = Python::attach(|py| error.get_type(py).name().map(|name| name.to_string()));
+        let kind = kind.unwrap_or_else(|_| "an exception".into());
+        Error::Inference(format!(
+            "{}.activations raised {kind}: it must return a float32 array (seq_len, n_sites, hidden_size)",
+            self.name
+        ))
+    }
+}
+
+impl Backend for ForeignBackend {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn hidden_size(&self) -> usize {
+        self.hidden_size
+    }
+
+    fn max_position_embeddings(&self) -> usize {
+        self.max_position_embeddings
+    }
+
+    fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+
+    fn new_cache(&self) -> KvCache {
+        KvCache::new(0)
+    }
+
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
+        for (index, sequence) in batch.iter_mut().enumerate() {
+            let first = sequence.cache.len();
+            sequence.cache.input_ids.extend_from_slice(sequence.input_ids);
+            self.run(&sequence.cache.input_ids, first, index, sink)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,48 @@
+//! Module functions.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use alknet_core::{self as core, Codebook, firewall, model::weights::Weights, pack};
+use pyo3::prelude::*;
+
+use crate::boundary::enter_core;
+
+/// Packs the first `num_layers` blocks of a GGUF file or safetensors folder into `out_dir`.
+#[pyfunction]
+pub(crate) fn pack_model(
+    py: Python<'_>,
+    source: PathBuf,
+    out_dir: PathBuf,
+    num_layers: usize,
+) -> PyResult<()> {
+    enter_core(py, || pack::pack(&source, &out_dir, num_layers))
+}
+
+/// sha256 of the files of a detector folder that a codebook is bound to.
+#[pyfunction]
+pub(crate) fn fingerprint(py: Python<'_>, detector: PathBuf) -> PyResult<HashMap<&str, String>> {
+    let fingerprint = enter_core(py, || {
+        let weights = Weights::open(&detector.join("model.safetensors"))?;
+        firewall::fingerprint(&detector, &weights)
+    })?;
+    Ok(HashMap::from([
+        ("weights_sha256", fingerprint.weights_sha256),
+        ("tokenizer_sha256", fingerprint.tokenizer_sha256),
+        ("config_sha256", fingerprint.config_sha256),
+    ]))
+}
+
+/// Metadata of a codebook file, after all its checks.
+#[pyfunction]
+pub(crate) fn inspect_codebook(py: Python<'_>, path: PathBuf) -> PyResult<HashMap<String, String>> {
+    let codebook = enter_core(py, || Codebook::from_file(&path))?;
+    let mut metadata = codebook.metadata.clone();
+    metadata.insert("n_components".into(), codebook.n_components().to_string());
+    Ok(metadata)
+}
+
+/// How this library was built and what it finds on this machine.
+#[pyfunction]
+pub(crate) fn build_info(py: Python<'_>) -> PyResult<HashMap<&'static str, String>> {
+    enter_core(py, || Ok(core::build_info()))
+}
