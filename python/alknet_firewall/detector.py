@@ -173,17 +173,15 @@ class Report:
         """Whether the files are exactly those of the manifest."""
         return not (self.missing or self.changed or self.extra)
 
-    def __str__(self) -> str:
-        if self.ok:
-            return f"{self.path}: {len(self.manifest.files)} files, all as in the manifest"
-        problems = (("missing", self.missing), ("changed", self.changed), ("unknown", self.extra))
-        parts = [f"{what}: {', '.join(names)}" for what, names in problems if names]
-        return f"{self.path}: {'; '.join(parts)}"
+    @property
+    def problems(self) -> str:
+        """The files that differ, in words; empty if none does."""
+        kinds = (("missing", self.missing), ("changed", self.changed), ("unknown", self.extra))
+        return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds if names)
 
-    def raise_if_bad(self) -> None:
-        """Raise `ModelLoadError` with the report's text unless everything is in order."""
-        if not self.ok:
-            raise ModelLoadError(f"{self} (run `alknet-firewall setup` again to replace it)")
+    def __str__(self) -> str:
+        good = f"{len(self.manifest.files)} files, all as in the manifest"
+        return f"{self.path}: {self.problems or good}"
 
 
 def data_home() -> Path:

@@ -189,7 +189,7 @@ def setup(
     if num_layers < 1:
         raise ConfigError(f"num_layers is {num_layers}, it must be at least 1")
     job: _Job
-    if _is_detector(Path(source)):
+    if _is_detector(source):
         job = _open_copy(Path(source), name, progress)
     else:
         name = _name_for(source, name)
@@ -310,9 +310,19 @@ def _install(job: _Job, out: Path | None, force: bool, progress: Progress | None
         if not force and _stands(job, target):
             return target
         job.fill(folder)
-        verify_folder(folder, packaged_manifest(job.name)).raise_if_bad()
+        _check_made(job, folder)
         _replace(target, folder)
     return target
+
+
+def _check_made(job: _Job, folder: Path) -> None:
+    released = packaged_manifest(job.name)
+    report = verify_folder(folder, released)
+    if not report.ok:
+        standard = "its manifest" if released is None else "the one released with this version"
+        raise ModelLoadError(
+            f"the detector that was made is not as in {standard}: {report.problems}"
+        )
 
 
 def _check_replaceable(target: Path) -> None:
@@ -383,8 +393,10 @@ def _beside(target: Path, what: str) -> Path:
     return target.parent / f".{target.name}.{what}"
 
 
-def _is_detector(source: Path) -> bool:
-    return source.suffix == ".tar" or (source / MANIFEST).is_file()
+def _is_detector(source: str) -> bool:
+    if source in ("pypi", "hub"):
+        return False
+    return source.endswith(".tar") or (Path(source) / MANIFEST).is_file()
 
 
 def _name_for(source: str, name: str | None) -> str:
