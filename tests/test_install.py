@@ -135,6 +135,15 @@ class TestFromPath:
         with pytest.raises(ModelLoadError, match="nothing at"):
             make(tmp_path / "none")
 
+    def test_files_are_readable_for_those_whom_the_umask_allows(self, gguf):
+        def private(*arguments) -> None:
+            fake_pack(*arguments)
+            (Path(arguments[1]) / "model.safetensors").chmod(0o600)
+
+        modes = {path.stat().st_mode for path in make(gguf, pack=private).iterdir()}
+        assert len(modes) == 1
+        assert modes != {0o100600}
+
 
 class TestPickle:
     """None of these may reach the packer, and none is ever unpickled."""

