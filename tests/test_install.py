@@ -306,7 +306,7 @@ def _make_in_process(source: str, log: str) -> None:
 class TestAtOnce:
     def test_two_processes_make_it_once(self, gguf, home, tmp_path):
         log = tmp_path / "log"
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn")
         runs = [context.Process(target=_make_in_process, args=(gguf, log)) for _ in range(4)]
         for run in runs:
             run.start()
@@ -490,9 +490,27 @@ def test_progress_names_every_stage(gguf):
     assert [stage for stage, *_ in steps if stage != "verify"] == ["pack", "codebook"]
 
 
-@pytest.mark.skipif(
+needs_core = pytest.mark.skipif(
     importlib.util.find_spec("alknet_firewall._core") is None, reason="extension not built"
 )
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@needs_core
+def test_real_packer_keeps_the_first_layers(tmp_path):
+    source = tmp_path / "tiny"
+    source.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / "tiny" / file, source)
+    shutil.copy(GOLDEN / "tiny-tokenizer.json", source / "tokenizer.json")
+    folder = make(source, pack=None, num_layers=2)
+    assert detector.verify_folder(folder).ok
+    header = (folder / "model.safetensors").read_bytes()
+    assert b"model.layers.1." in header
+    assert b"model.layers.2." not in header
+
+
+@needs_core
 def test_real_packer_refuses_what_is_no_model(gguf):
     with pytest.raises(ModelLoadError):
-        setup(str(gguf), name="mine", compile_codebook=fake_compile)
+        make(gguf, pack=None)
