@@ -1,1 +1,44 @@
-//! stub
+//! CPU kernels for Llama-type decoders.
+//!
+//! Linear products multiply 8-bit weights, one scale per output, by 8-bit activations, one scale per
+//! token, and add up in 32-bit integers. Both sides are first rotated by a block Hadamard matrix,
+//! which leaves the product as it is and spreads outlying channels over their block, so that one
+//! scale per token is enough. Everything else is fp32.
+//!
+//! Integer sums are exact and every fp32 step has one order of operations, so a row's result does
+//! not depend on its batch, on the number of threads, or on how the input was cut into chunks. Only
+//! attention's fp32 products round differently between [`Isa::Scalar`] and the others, which fuse
+//! multiply and add.
+//!
+//! [`scalar`](self) code is the specification; one file per instruction set stands beside it:
+//!
+//! | file | holds |
+//! |---|---|
+//! | `isa.rs` | which instruction sets this CPU has |
+//! | `scalar.rs` | what every kernel computes, written so that LLVM vectorises it |
+//! | `avx2.rs`, `avx512.rs` | the same kernels with intrinsics where LLVM falls short |
+//! | `dispatch.rs` | the table of kernels of one instruction set |
+//! | `pack.rs` | 8-bit weights in the order in which the kernels read them |
+//! | `rows.rs` | 8-bit activations |
+//! | `pool.rs` | the thread pool |
+//! | `ops.rs` | the steps of a decoder block, over all threads: the crate's safe surface |
+//!
+//! Source of the rotation: QuaRot, arXiv 2404.00456.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod dispatch;
+mod isa;
+mod ops;
+mod pack;
+mod pool;
+mod rows;
+mod scalar;
+
+pub use isa::{Isa, UnknownIsa, UnsupportedIsa};
+pub use ops::{Engine, Heads, Pass, Segment};
+pub use pack::{MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Widen, padded_outputs};
+pub use pool::{Pool, Turn};
+pub use rows::QuantizedRows;

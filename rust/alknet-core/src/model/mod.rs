@@ -6,6 +6,7 @@
 mod cache;
 pub mod candle;
 pub mod config;
+pub mod native;
 pub mod weights;
 
 use std::{fmt, str::FromStr};

@@ -1,0 +1,113 @@
+//! The table of kernels of one instruction set.
+
+use std::ops::Range;
+
+#[cfg(target_arch = "x86_64")]
+use crate::{avx2, avx512};
+use crate::{
+    isa::{Isa, UnsupportedIsa},
+    pack::PackedMatrix,
+    rows::QuantizedRows,
+    scalar::{self, AttentionScratch, AttentionTask, LANES, ScalarProduct},
+};
+
+type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);
+type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
+type Matmul = unsafe fn(&QuantizedRows, Range<usize>, &PackedMatrix, Range<usize>, &mut [f32]);
+type SiluMul = unsafe fn(&mut [f32]);
+type Attention = unsafe fn(&AttentionTask<'_>, &mut AttentionScratch);
+
+/// Kernels of one instruction set that this CPU has.
+///
+/// A table is handed out only by [`Kernels::of`], after the check that its functions may be called.
+#[derive(Debug)]
+pub(crate) struct Kernels {
+    pub(crate) isa: Isa,
+    pub(crate) rotate_quantize: RotateQuantize,
+    pub(crate) rms_norm: RmsNorm,
+    pub(crate) matmul: Matmul,
+    pub(crate) silu_mul: SiluMul,
+    pub(crate) attention: Attention,
+}
+
+static SCALAR: Kernels = Kernels {
+    isa: Isa::Scalar,
+    rotate_quantize: |x, block, out| {
+        scalar::hadamard(x, block);
+        scalar::quantize(x, out)
+    },
+    rms_norm: |x, weight, eps, out| scalar::rms_norm(x, weight, eps, out),
+    matmul: |x, rows, w, panels, out| scalar::matmul(x, rows, w, panels, out),
+    silu_mul: |tile| scalar::silu_mul(tile),
+    // SAFETY: portable code needs no instruction set.
+    attention: |task, scratch| unsafe { scalar::attention::<ScalarProduct>(task, scratch) },
+};
+
+impl Kernels {
+    /// The kernels of `isa`, or of the best instruction set of this CPU.
+    ///
+    /// # Errors
+    /// [`UnsupportedIsa`] when this CPU lacks `isa`.
+    pub(crate) fn of(isa: Option<Isa>) -> Result<&'static Self, UnsupportedIsa> {
+        let isa = isa.unwrap_or_else(Isa::best);
+        if !isa.is_available() {
+            return Err(UnsupportedIsa(isa));
+        }
+        Ok(match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &avx512::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &avx2::KERNELS,
+            _ => &SCALAR,
+        })
+    }
+
+    /// [`scalar::hadamard`], then [`scalar::quantize`].
+    pub(crate) fn rotate_quantize(
+        &self,
+        x: &mut [f32],
+        block: usize,
+        out: &mut [i8],
+    ) -> (f32, i32) {
+        assert!(x.len().is_multiple_of(block) && block.is_power_of_two() && out.len() >= x.len());
+        // SAFETY: the table was handed out after the CPU check; shapes checked above.
+        unsafe { (self.rotate_quantize)(x, block, out) }
+    }
+
+    /// [`scalar::rms_norm`].
+    pub(crate) fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        assert!(x.len() == weight.len() && x.len() == out.len());
+        // SAFETY: the table was handed out after the CPU check; shapes checked above.
+        unsafe { (self.rms_norm)(x, weight, eps, out) }
+    }
+
+    /// [`scalar::matmul`].
+    pub(crate) fn matmul(
+        &self,
+        x: &QuantizedRows,
+        rows: Range<usize>,
+        w: &PackedMatrix,
+        panels: Range<usize>,
+        out: &mut [f32],
+    ) {
+        assert!(rows.start <= rows.end && rows.end <= x.rows() && x.width() == w.inputs());
+        assert!(panels.start <= panels.end && panels.end <= w.panels());
+        assert_eq!(out.len(), rows.len() * panels.len() * LANES);
+        // SAFETY: the table was handed out after the CPU check; shapes checked above.
+        unsafe { (self.matmul)(x, rows, w, panels, out) }
+    }
+
+    /// [`scalar::silu_mul`].
+    pub(crate) fn silu_mul(&self, tile: &mut [f32]) {
+        // SAFETY: the table was handed out after the CPU check.
+        unsafe { (self.silu_mul)(tile) }
+    }
+
+    /// [`scalar::attention`].
+    pub(crate) fn attention(&self, task: &AttentionTask<'_>, scratch: &mut AttentionScratch) {
+        scratch.reshape(task.heads * task.tokens, task.head_dim);
+        // SAFETY: the table was handed out after the CPU check, and the scratch has the task's
+        // shape. Reads of keys and values are bounds-checked.
+        unsafe { (self.attention)(task, scratch) }
+    }
+}

@@ -1,0 +1,381 @@
+//! The steps of a decoder block, each over all threads: the crate's safe surface.
+
+use std::{cell::RefCell, ops::Range};
+
+use crate::{
+    dispatch::Kernels,
+    isa::{Isa, UnsupportedIsa},
+    pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
+    pool::{Pool, Shared, Turn},
+    rows::QuantizedRows,
+    scalar::{self, AttentionScratch, AttentionTask, LANES},
+};
+
+/// Rows of one product between two visits of the epilogue: its tile stays in the first-level cache.
+const ROW_BLOCK: usize = 48;
+
+/// Panels of one task of a product: 32 outputs.
+const TASK_PANELS: usize = 2;
+
+/// Tasks per thread below which a product is split over rows as well.
+const MIN_TASKS_PER_THREAD: usize = 4;
+
+/// Queries of one attention task, over all heads that share the keys.
+const QUERY_ROWS: usize = 96;
+
+/// Kernels of one instruction set on one thread pool.
+#[derive(Debug)]
+pub struct Engine {
+    kernels: &'static Kernels,
+    pool: Pool,
+}
+
+impl Engine {
+    /// An engine for `isa` (the best one by default) and `threads` threads (see [`Pool::new`]).
+    ///
+    /// # Errors
+    /// [`UnsupportedIsa`] when this CPU lacks `isa`.
+    pub fn new(isa: Option<Isa>, threads: Option<usize>) -> Result<Self, UnsupportedIsa> {
+        Ok(Self { kernels: Kernels::of(isa)?, pool: Pool::new(threads) })
+    }
+
+    /// Instruction set of the kernels.
+    pub fn isa(&self) -> Isa {
+        self.kernels.isa
+    }
+
+    /// Number of threads, the caller's own included.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Waits for a turn on the pool.
+    pub fn pass(&self) -> Pass {
+        Pass { kernels: self.kernels, turn: self.pool.turn() }
+    }
+}
+
+/// Head counts and width of attention.
+///
+/// One row of the joint projection is `[num_attention_heads + 2 · num_key_value_heads, head_dim]`:
+/// queries, keys, values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key/value heads, a divisor of the query heads.
+    pub num_key_value_heads: usize,
+    /// Width of a head, even.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Numbers in a row of the joint projection.
+    pub fn qkv_width(&self) -> usize {
+        (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+    }
+
+    /// Numbers in a row of keys, or of values.
+    pub fn kv_width(&self) -> usize {
+        self.num_key_value_heads * self.head_dim
+    }
+
+    /// Numbers in a row of queries, or of attention's result.
+    pub fn query_width(&self) -> usize {
+        self.num_attention_heads * self.head_dim
+    }
+
+    /// Query heads per key/value head.
+    fn group(&self) -> usize {
+        self.num_attention_heads / self.num_key_value_heads
+    }
+
+    /// Outputs of one head in the packed joint projection.
+    pub fn packed_head(&self) -> usize {
+        padded_outputs(self.head_dim)
+    }
+}
+
+/// Consecutive tokens of one sequence within a chunk.
+#[derive(Debug, Clone)]
+pub struct Segment<'a> {
+    /// Rows of the chunk.
+    pub rows: Range<usize>,
+    /// Position of the first of them in its sequence.
+    pub first: usize,
+    /// `[first + rows.len(), kv_width]`, rotated.
+    pub keys: &'a [f32],
+    /// `[first + rows.len(), kv_width]`.
+    pub values: &'a [f32],
+}
+
+/// A turn on the pool, and the steps that can be run during it.
+#[derive(Debug)]
+pub struct Pass {
+    kernels: &'static Kernels,
+    turn: Turn,
+}
+
+thread_local! {
+    /// Buffers of attention, some 100 KiB per thread.
+    static ATTENTION: RefCell<AttentionScratch> = RefCell::default();
+}
+
+impl Pass {
+    /// Calls `run(i, chunk)` for every `width · rows` numbers of `x`, on all threads.
+    pub fn for_each_rows(
+        &self,
+        x: &mut [f32],
+        width: usize,
+        run: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        let rows = x.len() / width;
+        let shared = Shared::new(x);
+        self.for_row_groups(rows, |group| {
+            for row in group {
+                // SAFETY: every row belongs to one task.
+                run(row, unsafe { shared.range(row * width, width) });
+            }
+        });
+    }
+
+    /// Cuts rows into groups, a few per thread.
+    fn for_row_groups(&self, rows: usize, run: impl Fn(Range<usize>) + Sync) {
+        let size = (rows / (4 * self.turn.threads())).clamp(1, 16);
+        self.turn.for_each(rows.div_ceil(size), |task| {
+            run(task * size..rows.min((task + 1) * size));
+        });
+    }
+
+    /// Quantises and packs matrices into one allocation.
+    ///
+    /// # Errors
+    /// [`PackError`], the last one of a source when several fail.
+    ///
+    /// # Panics
+    /// When a source has more than [`MAX_INPUTS`](crate::MAX_INPUTS) inputs or unpadded outputs.
+    pub fn pack<E: Send>(
+        &self,
+        sources: Vec<MatrixSource<'_, E>>,
+    ) -> Result<Vec<PackedMatrix>, PackError<E>> {
+        PackedMatrix::pack(&self.turn, self.kernels, sources)
+    }
+
+    /// RMSNorm, then quantisation.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, weight.len()]`
+    pub fn rms_norm_quantize(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut QuantizedRows) {
+        let width = weight.len();
+        self.quantize_with(x.len() / width, width, out, |row, normed| {
+            self.kernels.rms_norm(&x[row * width..][..width], weight, eps, normed);
+        });
+    }
+
+    /// Quantises rows of `width` numbers.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, width]`
+    pub fn quantize(&self, x: &[f32], width: usize, out: &mut QuantizedRows) {
+        self.quantize_with(x.len() / width, width, out, |row, copy| {
+            copy.copy_from_slice(&x[row * width..][..width]);
+        });
+    }
+
+    /// Quantises rows that `fill(row, numbers)` makes.
+    fn quantize_with(
+        &self,
+        rows: usize,
+        width: usize,
+        out: &mut QuantizedRows,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        out.reshape(rows, width);
+        let (stride, block) = (out.stride(), out.block());
+        let data = Shared::new(&mut out.data);
+        let scales = Shared::new(&mut out.scales);
+        let offsets = Shared::new(&mut out.offsets);
+        self.for_row_groups(rows, |group| {
+            let mut numbers = vec![0.0; width];
+            for row in group {
+                fill(row, &mut numbers);
+                // SAFETY: every row belongs to one task.
+                let (q, scale, offset) = unsafe {
+                    (data.range(row * stride, stride), scales.range(row, 1), offsets.range(row, 1))
+                };
+                let (s, sum) = self.kernels.rotate_quantize(&mut numbers, block, q);
+                (scale[0], offset[0]) = (s, -128 * sum);
+            }
+        });
+    }
+
+    /// Computes `x · Wᵀ + bias` tile by tile; `finish(rows, panels, tile)` is called for each.
+    ///
+    /// # Shapes
+    /// - `tile`: `[rows, panels · 16]`
+    fn for_tiles(
+        &self,
+        x: &QuantizedRows,
+        w: &PackedMatrix,
+        task_panels: usize,
+        finish: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+    ) {
+        let column_tasks = w.panels().div_ceil(task_panels);
+        let row_tasks = (MIN_TASKS_PER_THREAD * self.turn.threads())
+            .div_ceil(column_tasks)
+            .min(x.rows().div_ceil(ROW_BLOCK));
+        let task_rows = x.rows().div_ceil(row_tasks.max(1)).max(1);
+        self.turn.for_each(column_tasks * x.rows().div_ceil(task_rows), |task| {
+            let (row_task, column_task) = (task / column_tasks, task % column_tasks);
+            let first = column_task * task_panels;
+            let panels = first..w.panels().min(first + task_panels);
+            let rows = row_task * task_rows..x.rows().min((row_task + 1) * task_rows);
+            let mut tile = vec![0.0; ROW_BLOCK.min(rows.len()) * panels.len() * LANES];
+            for start in rows.clone().step_by(ROW_BLOCK) {
+                let rows = start..rows.end.min(start + ROW_BLOCK);
+                let tile = &mut tile[..rows.len() * panels.len() * LANES];
+                self.kernels.matmul(x, rows.clone(), w, panels.clone(), tile);
+                finish(rows, panels.clone(), tile);
+            }
+        });
+    }
+
+    /// `out = x · Wᵀ + bias`, or `out += …` when `ADD`.
+    ///
+    /// # Shapes
+    /// - `out`: `[rows, width]`, `width` the outputs of `w` without those that only fill a panel
+    pub fn linear<const ADD: bool>(
+        &self,
+        x: &QuantizedRows,
+        w: &PackedMatrix,
+        width: usize,
+        out: &mut [f32],
+    ) {
+        let out = Shared::new(out);
+        self.for_tiles(x, w, TASK_PANELS, |rows, panels, tile| {
+            let first = panels.start * LANES;
+            let len = (panels.end * LANES).min(width) - first;
+            for (row, tile) in rows.zip(tile.chunks_exact(panels.len() * LANES)) {
+                // SAFETY: every tile of the output belongs to one task.
+                let out = unsafe { out.range(row * width + first, len) };
+                if ADD {
+                    out.iter_mut().zip(tile).for_each(|(out, x)| *out += x);
+                } else {
+                    out.copy_from_slice(&tile[..len]);
+                }
+            }
+        });
+    }
+
+    /// `out = SiLU(gate) · up`, where panels of `w` are those of gate and up in turn.
+    ///
+    /// # Shapes
+    /// - `out`: `[rows, width]`
+    pub fn gate_up(&self, x: &QuantizedRows, w: &PackedMatrix, width: usize, out: &mut [f32]) {
+        let out = Shared::new(out);
+        self.for_tiles(x, w, 2, |rows, panels, tile| {
+            self.kernels.silu_mul(tile);
+            let first = panels.start / 2 * LANES;
+            let len = (first + LANES).min(width) - first;
+            for (row, tile) in rows.zip(tile.chunks_exact(2 * LANES)) {
+                // SAFETY: every tile of the output belongs to one task.
+                unsafe { out.range(row * width + first, len) }.copy_from_slice(&tile[..len]);
+            }
+        });
+    }
+
+    /// The joint projection; queries and keys are rotated, queries also scaled by `1/√head_dim`.
+    ///
+    /// # Shapes
+    /// - `w`: every head fills [`Heads::packed_head`] outputs
+    /// - `angles`: `[rows, head_dim]`, cosines of the row's rotary angles, then sines
+    /// - `out`: `[rows, qkv_width]`
+    pub fn qkv(
+        &self,
+        x: &QuantizedRows,
+        w: &PackedMatrix,
+        heads: Heads,
+        angles: &[f32],
+        out: &mut [f32],
+    ) {
+        let (dim, padded) = (heads.head_dim, heads.packed_head());
+        let query_scale = 1.0 / (heads.head_dim as f32).sqrt();
+        let out = Shared::new(out);
+        self.for_tiles(x, w, padded / LANES, |rows, panels, tile| {
+            let head = panels.start * LANES / padded;
+            for (row, tile) in rows.zip(tile.chunks_exact_mut(padded)) {
+                let numbers = &mut tile[..dim];
+                let (cos, sin) = angles[row * dim..][..dim].split_at(dim / 2);
+                if head < heads.num_attention_heads {
+                    scalar::rope(numbers, cos, sin, query_scale);
+                } else if head < heads.num_attention_heads + heads.num_key_value_heads {
+                    scalar::rope(numbers, cos, sin, 1.0);
+                }
+                let start = row * heads.qkv_width() + head * dim;
+                // SAFETY: every head of a row belongs to one task.
+                unsafe { out.range(start, dim) }.copy_from_slice(numbers);
+            }
+        });
+    }
+
+    /// Causal attention of every segment to its own keys and values.
+    ///
+    /// # Shapes
+    /// - `qkv`: `[rows, qkv_width]`; `out`: `[rows, query_width]`
+    pub fn attention(&self, heads: Heads, segments: &[Segment<'_>], qkv: &[f32], out: &mut [f32]) {
+        let block = (QUERY_ROWS / heads.group()).max(8);
+        // The last tokens see most keys: the longest tasks come first.
+        let mut tasks = Vec::new();
+        for segment in segments {
+            for start in (0..segment.rows.len()).step_by(block).rev() {
+                for head in 0..heads.num_key_value_heads {
+                    tasks.push((segment, start..segment.rows.len().min(start + block), head));
+                }
+            }
+        }
+        let out = Shared::new(out);
+        self.turn.for_each(tasks.len(), |task| {
+            let (segment, tokens, head) = &tasks[task];
+            ATTENTION.with_borrow_mut(|scratch| {
+                self.attention_task(heads, segment, tokens.clone(), *head, qkv, &out, scratch);
+            });
+        });
+    }
+
+    /// Attention of some tokens of a segment to one key/value head.
+    #[expect(clippy::too_many_arguments, reason = "one task of `attention`, split off for length")]
+    fn attention_task(
+        &self,
+        heads: Heads,
+        segment: &Segment<'_>,
+        tokens: Range<usize>,
+        head: usize,
+        qkv: &[f32],
+        out: &Shared<f32>,
+        scratch: &mut AttentionScratch,
+    ) {
+        let (dim, group, rows) = (heads.head_dim, heads.group(), tokens.len());
+        scratch.reshape(group * rows, dim);
+        // Row `h · rows + t` of the scratch is query head `head · group + h` of token `t`.
+        let places = (0..group * rows)
+            .map(|i| (segment.rows.start + tokens.start + i % rows, head * group + i / rows));
+        for (query, (row, head)) in scratch.queries.chunks_exact_mut(dim).zip(places.clone()) {
+            query.copy_from_slice(&qkv[row * heads.qkv_width() + head * dim..][..dim]);
+        }
+        let task = AttentionTask {
+            heads: group,
+            first: segment.first + tokens.start,
+            tokens: rows,
+            head_dim: dim,
+            keys: &segment.keys[head * dim..],
+            values: &segment.values[head * dim..],
+            stride: heads.kv_width(),
+        };
+        self.kernels.attention(&task, scratch);
+        for (result, (row, head)) in scratch.out.chunks_exact(padded_outputs(dim)).zip(places) {
+            // SAFETY: every head of a token belongs to one task.
+            let out = unsafe { out.range(row * heads.query_width() + head * dim, dim) };
+            out.copy_from_slice(&result[..dim]);
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! What every kernel computes: the specification, and the code for CPUs without kernels of their own.
+//!
+//! Functions are `#[inline(always)]`, so that `avx2.rs` and `avx512.rs` compile the same source for
+//! their instruction set. No multiplication is fused with an addition here, and sums run over
+//! [`LANES`] partial sums, so that all instruction sets round alike.
+
+use std::ops::Range;
+
+use crate::{pack::PackedMatrix, rows::QuantizedRows};
+
+/// Partial sums of a reduction, and outputs of one panel of packed weights.
+pub(crate) const LANES: usize = 16;
+
+/// Rows of 8-bit numbers are filled up to a multiple of this, a cache line.
+pub(crate) const K_ALIGN: usize = 64;
+
+/// Widest block that the rotation mixes.
+const HADAMARD_MAX: usize = 64;
+
+/// Keys that attention reads at a time.
+pub(crate) const KEY_BLOCK: usize = 64;
+
+/// Bit pattern of +∞: absolute values at or above it are not finite.
+const INFINITE_BITS: u32 = 0x7f80_0000;
+
+/// Size of the blocks that the rotation of rows of `width` numbers mixes: the largest power of two
+/// that divides it, up to 64.
+pub(crate) fn hadamard_block(width: usize) -> usize {
+    (1 << width.trailing_zeros()).min(HADAMARD_MAX)
+}
+
+/// Multiplies every block of `x` by the (unnormalised, symmetric) Hadamard matrix of that size.
+///
+/// Fast Walsh–Hadamard transform, widest stride first.
+#[inline(always)]
+pub(crate) fn hadamard(x: &mut [f32], block: usize) {
+    for x in x.chunks_exact_mut(block) {
+        let mut stride = block / 2;
+        while stride > 0 {
+            for pair in x.chunks_exact_mut(2 * stride) {
+                let (low, high) = pair.split_at_mut(stride);
+                for (a, b) in low.iter_mut().zip(high) {
+                    (*a, *b) = (*a + *b, *a - *b);
+                }
+            }
+            stride /= 2;
+        }
+    }
+}
+
+/// Rounds `x` to 8 bits: `x ≈ scale · q` with `|q| ≤ 127`; returns the scale and `Σ q`.
+///
+/// `out` may be longer than `x` and is filled with zeros. When `x` holds a number that is not
+/// finite, the scale is NaN, so that it cannot get lost.
+#[inline(always)]
+pub(crate) fn quantize(x: &[f32], out: &mut [i8]) -> (f32, i32) {
+    let largest = x.iter().fold(0, |largest: u32, x| largest.max(x.to_bits() & !(1 << 31)));
+    let (out, filling) = out.split_at_mut(x.len());
+    filling.fill(0);
+    if largest >= INFINITE_BITS {
+        out.fill(0);
+        return (f32::NAN, 0);
+    }
+    let largest = f32::from_bits(largest);
+    // Below this, 127 / largest would overflow; such a row is zero for every purpose.
+    let inverse = if largest > 1e-36 { 127.0 / largest } else { 0.0 };
+    let mut sum = 0;
+    for (q, x) in out.iter_mut().zip(x) {
+        // Adding 1.5 · 2²³ leaves the number, rounded half to even, in the lowest bits.
+        let rounded = (x * inverse + ROUNDING).to_bits() as i32 - ROUNDING.to_bits() as i32;
+        *q = rounded as i8;
+        sum += rounded;
+    }
+    (largest / 127.0, sum)
+}
+
+/// `1.5 · 2²³`: the unit in the last place is 1, for negative numbers too.
+const ROUNDING: f32 = 12_582_912.0;
+
+/// RMSNorm: `out = x / √(mean(x²) + eps) · weight`.
+#[inline(always)]
+pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let mut lanes = [0.0f32; LANES];
+    let mut blocks = x.chunks_exact(LANES);
+    for block in &mut blocks {
+        for (sum, x) in lanes.iter_mut().zip(block) {
+            *sum += x * x;
+        }
+    }
+    for (sum, x) in lanes.iter_mut().zip(blocks.remainder()) {
+        *sum += x * x;
+    }
+    let factor = 1.0 / (sum_lanes(lanes) / x.len() as f32 + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * factor * weight;
+    }
+}
+
+/// Sum of partial sums, pairwise.
+#[inline(always)]
+fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// `eˣ` within 2 units in the last place; arguments beyond ±87 are clamped, NaN stays NaN.
+///
+/// Source: Cephes `expf` (Moshier), with a reduction that vectorises.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    let x = x.clamp(-87.0, 87.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUNDING;
+    let n = shifted - ROUNDING;
+    let r = x - n * LN_2_HIGH - n * LN_2_LOW;
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = p * r + c;
+    }
+    let power = (shifted.to_bits() as i32 - ROUNDING.to_bits() as i32 + 127) << 23;
+    (p * r * r + r + 1.0) * f32::from_bits(power as u32)
+}
+
+/// `gate = SiLU(gate) · up` for rows of [`LANES`] gates, then [`LANES`] ups.
+///
+/// # Shapes
+/// - `tile`: `[rows, 2 · LANES]`
+#[inline(always)]
+pub(crate) fn silu_mul(tile: &mut [f32]) {
+    for row in tile.chunks_exact_mut(2 * LANES) {
+        let (gates, ups) = row.split_at_mut(LANES);
+        for (gate, up) in gates.iter_mut().zip(ups) {
+            *gate = *gate / (1.0 + exp(-*gate)) * *up;
+        }
+    }
+}
+
+/// Rotates one head in place (pairs `i`, `i + head_dim/2`) and multiplies it by `scale`.
+///
+/// # Shapes
+/// - `x`: `[head_dim]`; `cos`, `sin`: `[head_dim / 2]`
+#[inline(always)]
+pub(crate) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
+    let (low, high) = x.split_at_mut(cos.len());
+    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        (*a, *b) = ((*a * cos - *b * sin) * scale, (*b * cos + *a * sin) * scale);
+    }
+}
+
+/// `out = x · Wᵀ + bias` for some rows of `x` and some panels of `W`.
+///
+/// # Shapes
+/// - `out`: `[rows, panels · LANES]`
+#[inline(always)]
+pub(crate) fn matmul(
+    x: &QuantizedRows,
+    rows: Range<usize>,
+    w: &PackedMatrix,
+    panels: Range<usize>,
+    out: &mut [f32],
+) {
+    let columns = panels.len() * LANES;
+    for (row, out) in rows.zip(out.chunks_exact_mut(columns)) {
+        let q = &x.data[row * x.stride()..][..x.stride()];
+        for (panel, out) in panels.clone().zip(out.chunks_exact_mut(LANES)) {
+            let mut sums = [x.offsets[row]; LANES];
+            for (q, w) in q.chunks_exact(4).zip(w.panel(panel).chunks_exact(4 * LANES)) {
+                for (sum, w) in sums.iter_mut().zip(w.chunks_exact(4)) {
+                    for (q, w) in q.iter().zip(w) {
+                        *sum += i32::from(*q) * i32::from(*w);
+                    }
+                }
+            }
+            let (scales, bias) = (w.scales(panel), w.bias(panel));
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = sums[i] as f32 * x.scales[row] * scales[i] + bias[i];
+            }
+        }
+    }
+}
+
+/// fp32 product for attention; implemented once per instruction set.
+pub(crate) trait Product {
+    /// `c = a · b`, or `c += a · b` when `ADD`.
+    ///
+    /// # Shapes
+    /// - `a`: `[m, depth]` with rows `lda` apart; `b`: `[depth, n]`; `c`: `[m, n]`; `n` a multiple of
+    ///   [`LANES`]
+    ///
+    /// # Safety
+    /// The CPU must have the instruction set.
+    unsafe fn product<const ADD: bool>(
+        a: &[f32],
+        lda: usize,
+        depth: usize,
+        b: &[f32],
+        n: usize,
+        c: &mut [f32],
+    );
+}
+
+/// The portable [`Product`].
+pub(crate) struct ScalarProduct;
+
+impl Product for ScalarProduct {
+    #[inline(always)]
+    unsafe fn product<const ADD: bool>(
+        a: &[f32],
+        lda: usize,
+        depth: usize,
+        b: &[f32],
+        n: usize,
+        c: &mut [f32],
+    ) {
+        for (row, c) in c.chunks_exact_mut(n).enumerate() {
+            for (column, c) in c.chunks_exact_mut(LANES).enumerate() {
+                let mut sums = [0.0f32; LANES];
+                if ADD {
+                    sums.copy_from_slice(c);
+                }
+                for (k, a) in a[row * lda..][..depth].iter().enumerate() {
+                    for (sum, b) in sums.iter_mut().zip(&b[k * n + column * LANES..][..LANES]) {
+                        *sum += a * b;
+                    }
+                }
+                c.copy_from_slice(&sums);
+            }
+        }
+    }
+}
+
+/// Queries of one key/value head, for consecutive tokens of one sequence.
+///
+/// # Shapes
+/// - `queries`: `[heads · tokens, head_dim]`, scaled and rotated; row `h · tokens + t`
+/// - `keys`, `values`: rows `stride` apart from position 0, `head_dim` numbers of each row from the start
+pub(crate) struct AttentionTask<'a> {
+    /// Query heads that share the key/value head.
+    pub(crate) heads: usize,
+    /// Position of the first token.
+    pub(crate) first: usize,
+    /// Number of tokens.
+    pub(crate) tokens: usize,
+    /// Width of a head.
+    pub(crate) head_dim: usize,
+    /// Keys of this head.
+    pub(crate) keys: &'a [f32],
+    /// Values of this head.
+    pub(crate) values: &'a [f32],
+    /// Numbers from one row of keys or values to the next.
+    pub(crate) stride: usize,
+}
+
+/// Buffers of one attention task, kept between tasks.
+#[derive(Default)]
+pub(crate) struct AttentionScratch {
+    /// `[heads · tokens, head_dim]`: the queries, filled in by the caller.
+    pub(crate) queries: Vec<f32>,
+    /// `[heads · tokens, padded head_dim]`: the result.
+    pub(crate) out: Vec<f32>,
+    /// `[heads · tokens, KEY_BLOCK]`.
+    scores: Vec<f32>,
+    /// `[head_dim, KEY_BLOCK]`: keys of the block, transposed.
+    keys: Vec<f32>,
+    /// `[KEY_BLOCK, padded head_dim]`.
+    values: Vec<f32>,
+    /// `[heads · tokens]`: largest score so far, and sum of exponentials relative to it.
+    state: Vec<(f32, f32)>,
+}
+
+impl AttentionScratch {
+    /// Makes room for a task; the queries are then to be filled in.
+    pub(crate) fn reshape(&mut self, rows: usize, head_dim: usize) {
+        let padded = head_dim.next_multiple_of(LANES);
+        self.queries.resize(rows * head_dim, 0.0);
+        self.out.resize(rows * padded, 0.0);
+        self.scores.resize(rows * KEY_BLOCK, 0.0);
+        self.keys.resize(head_dim * KEY_BLOCK, 0.0);
+        self.values.resize(KEY_BLOCK * padded, 0.0);
+        self.state.resize(rows, (0.0, 0.0));
+    }
+}
+
+/// Causal attention in blocks of [`KEY_BLOCK`] keys with a running softmax.
+///
+/// Blocks start at multiples of [`KEY_BLOCK`] positions and a masked key adds exactly nothing, so a
+/// token's result does not depend on which tokens are computed with it.
+///
+/// Source: FlashAttention, arXiv 2205.14135, without its tiling of queries over memory levels.
+///
+/// # Safety
+/// The CPU must have the instruction set of `P`.
+#[inline(always)]
+pub(crate) unsafe fn attention<P: Product>(
+    task: &AttentionTask<'_>,
+    scratch: &mut AttentionScratch,
+) {
+    let padded = task.head_dim.next_multiple_of(LANES);
+    scratch.out.fill(0.0);
+    scratch.state.fill((f32::NEG_INFINITY, 0.0));
+    let end = task.first + task.tokens;
+    for start in (0..end).step_by(KEY_BLOCK) {
+        let len = KEY_BLOCK.min(end - start);
+        gather_block(task, start, len, padded, scratch);
+        // SAFETY: the caller vouches for the instruction set.
+        unsafe {
+            P::product::<false>(
+                &scratch.queries,
+                task.head_dim,
+                task.head_dim,
+                &scratch.keys,
+                KEY_BLOCK,
+                &mut scratch.scores,
+            );
+        }
+        for (row, scores) in scratch.scores.chunks_exact_mut(KEY_BLOCK).enumerate() {
+            let position = task.first + row % task.tokens;
+            let visible = (position + 1).saturating_sub(start).min(len);
+            let correction = softmax_block(scores, visible, &mut scratch.state[row]);
+            for out in &mut scratch.out[row * padded..][..padded] {
+                *out *= correction;
+            }
+        }
+        // SAFETY: as above.
+        unsafe {
+            P::product::<true>(
+                &scratch.scores,
+                KEY_BLOCK,
+                len,
+                &scratch.values,
+                padded,
+                &mut scratch.out,
+            );
+        }
+    }
+    for (out, (_, sum)) in scratch.out.chunks_exact_mut(padded).zip(&scratch.state) {
+        let inverse = 1.0 / sum;
+        out.iter_mut().for_each(|out| *out *= inverse);
+    }
+}
+
+/// Copies a block of keys, transposed, and of values into the scratch buffers.
+#[inline(always)]
+fn gather_block(
+    task: &AttentionTask<'_>,
+    start: usize,
+    len: usize,
+    padded: usize,
+    scratch: &mut AttentionScratch,
+) {
+    for j in 0..len {
+        let key = &task.keys[(start + j) * task.stride..][..task.head_dim];
+        for (k, key) in key.iter().enumerate() {
+            scratch.keys[k * KEY_BLOCK + j] = *key;
+        }
+        let value = &task.values[(start + j) * task.stride..][..task.head_dim];
+        scratch.values[j * padded..][..task.head_dim].copy_from_slice(value);
+    }
+}
+
+/// Turns the `visible` scores of a row into exponentials relative to the largest score so far, the
+/// others into zero, and returns the factor that brings earlier sums to that new reference.
+#[inline(always)]
+fn softmax_block(scores: &mut [f32], visible: usize, state: &mut (f32, f32)) -> f32 {
+    let (visible, masked) = scores.split_at_mut(visible);
+    masked.fill(0.0);
+    if visible.is_empty() {
+        return 1.0;
+    }
+    let (max, sum) = *state;
+    let new_max = largest(visible).max(max);
+    let correction = exp(max - new_max);
+    let mut lanes = [0.0f32; LANES];
+    for block in visible.chunks_mut(LANES) {
+        for (sum, score) in lanes.iter_mut().zip(block) {
+            *score = exp(*score - new_max);
+            *sum += *score;
+        }
+    }
+    *state = (new_max, sum * correction + sum_lanes(lanes));
+    correction
+}
+
+/// Largest number of a slice; NaN is passed over (it comes back through the exponential).
+#[inline(always)]
+fn largest(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for block in x.chunks(LANES) {
+        for (max, x) in lanes.iter_mut().zip(block) {
+            *max = if *x > *max { *x } else { *max };
+        }
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
