@@ -1,0 +1,203 @@
+"""Attack families and the groups in which they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .dice import Dice
+from .disguise import CIPHERS, register
+from .documents import CARRIERS, Carrier, write
+from .grammar import Grammar, bind
+from .phrases import LANGUAGES
+from .rows import Draft, Kind
+
+__all__ = ["attack_in_document", "attack_in_paste", "direct", "disguised", "foreign", "slipped"]
+
+# Stands for a pasted text while its frame is drawn, so that both of a pair get the same frame.
+_PASTED = "\ue001"
+
+# Families a stranger slips into a document, with their weights. Sections of the same name unless
+# `_SECTIONS` says otherwise.
+_PLANTED: dict[str, float] = {
+    "task_switch": 5,
+    "instruction_override": 3,
+    "exfiltration": 2.5,
+    "tool_hijack": 2.5,
+    "output_manipulation": 2,
+    "advertising": 1.5,
+    "rating_manipulation": 1.5,
+    "memory_poisoning": 1.5,
+    "conditional_trigger": 1.5,
+    "persuasion": 1.5,
+    "fake_turn": 1.5,
+    "sabotage": 1.5,
+    "prompt_extraction": 1,
+    "refusal_suppression": 0.5,
+    "roleplay": 0.5,
+    "payload_splitting": 1,
+}
+
+# What reaches a model only as an order, and therefore needs a frame around it in a document.
+_FRAMED: dict[str, str] = {
+    "exfiltration": "exfil.order",
+    "tool_hijack": "tool.order",
+    "output_manipulation": "say.order",
+    "sabotage": "sabotage.order",
+    "prompt_extraction": "reveal.order",
+    "unsafe_request": "unsafe.order",
+}
+
+_SECTIONS: dict[str, str] = {
+    "task_switch": "slipped",
+    "instruction_override": "override",
+    "advertising": "advert",
+    "rating_manipulation": "rating",
+    "memory_poisoning": "memory",
+    "conditional_trigger": "conditional",
+    "persuasion": "persuasion",
+    "fake_turn": "faketurn",
+    "refusal_suppression": "nohelp",
+    "payload_splitting": "split",
+    "roleplay": "roleplay",
+    "opposite_day": "opposite",
+    "hypothetical": "hypothetical",
+    "fiction": "fiction",
+    "many_shot": "manyshot",
+    "multi_turn": "multiturn",
+    "terse_order": "shortattack",
+    "direct_extraction": "extract.direct",
+    "indirect_extraction": "extract.indirect",
+    "pretext_extraction": "extract.pretext",
+    "secret_extraction": "extract.secret",
+    "authority": "override.source",
+    "fresh_start": "override.fresh",
+}
+
+_KINDS: dict[str, Kind] = {
+    "roleplay": "jailbreak",
+    "opposite_day": "jailbreak",
+    "hypothetical": "jailbreak",
+    "fiction": "jailbreak",
+    "refusal_suppression": "jailbreak",
+    "many_shot": "jailbreak",
+    "multi_turn": "jailbreak",
+}
+
+
+def attack(family: str, grammar: Grammar, dice: Dice) -> str:
+    """One attack of a family, in one of the registers people write in."""
+    if family in _FRAMED:
+        return register(_framed(_FRAMED[family], grammar, dice), dice)
+    return register(grammar.draw(_SECTIONS[family], dice), dice)
+
+
+def _framed(section: str, grammar: Grammar, dice: Dice) -> str:
+    """An order of `section` in one of the frames for slipping an order into a text."""
+    order = grammar.draw(section, dice)
+    return grammar.draw("slipped", dice, bind(order=order, question=f"could you {order}?"))
+
+
+def attack_in_document(
+    carriers: list[str], families: dict[str, float] | None = None
+) -> Callable[[Grammar, Dice], list[Draft]]:
+    """Writes pairs: a document of one of `carriers` clean and with an injection."""
+
+    def write_pair(grammar: Grammar, dice: Dice) -> list[Draft]:
+        carrier = CARRIERS[dice.pick(carriers)]
+        family = dice.weighted(families or _PLANTED)
+        return _pair(carrier, family, _parts(family, grammar, dice), grammar, dice)
+
+    return write_pair
+
+
+def _parts(family: str, grammar: Grammar, dice: Dice) -> list[str]:
+    if family == "payload_splitting":
+        return [grammar.draw("split.first", dice), grammar.draw("split.second", dice)]
+    if dice.chance(0.04):
+        return [attack(family, grammar, dice), attack(family, grammar, dice)]
+    return [attack(family, grammar, dice)]
+
+
+def _pair(
+    carrier: Carrier, family: str, parts: list[str], grammar: Grammar, dice: Dice
+) -> list[Draft]:
+    document = write(carrier, grammar, dice)
+    injected = document.with_insertions(parts, grammar, dice)
+    return [
+        Draft(document.clean(), "benign", "document", "document", carrier=carrier.name),
+        Draft(injected, "indirect_injection", family, "document", carrier=carrier.name),
+    ]
+
+
+def slipped(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """Pairs of plain prose with and without one short order that would harm nobody."""
+    carrier = CARRIERS[dice.pick(["prose", "prose", "prose", "page", "minutes", "listing"])]
+    return _pair(carrier, "task_switch", [attack("task_switch", grammar, dice)], grammar, dice)
+
+
+def attack_in_paste(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """Pairs of requests about a pasted text, clean and with an override inside."""
+    carrier = CARRIERS[dice.pick(["email", "page", "forum", "review", "prose", "ticket", "pdf"])]
+    document = write(carrier, grammar, dice)
+    family = dice.weighted({"instruction_override": 3, "fake_turn": 1, "fresh_start": 2})
+    injected = document.with_insertions([attack(family, grammar, dice)], grammar, dice)
+    request = grammar.draw("paste.request", dice)
+    frame = grammar.draw("paste.layout", dice, bind(instruction=request, pasted=_PASTED))
+    clean, dirty = (frame.replace(_PASTED, text) for text in (document.clean(), injected))
+    return [
+        Draft(clean, "benign", "pasted_text", "user", carrier=carrier.name),
+        Draft(dirty, "indirect_injection", family, "user", carrier=carrier.name),
+    ]
+
+
+def direct(families: list[str]) -> Callable[[Grammar, Dice], list[Draft]]:
+    """Writes attacks typed by a user."""
+
+    def write_one(grammar: Grammar, dice: Dice) -> list[Draft]:
+        family = dice.pick(families)
+        kind = _KINDS.get(family, "direct_injection")
+        return [Draft(attack(family, grammar, dice), kind, family, "user")]
+
+    return write_one
+
+
+def disguised(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """An attack in a cipher, typed by a user or planted in a document."""
+    cipher = dice.pick(sorted(CIPHERS))
+    plain = grammar.draw(dice.pick(["override", "extract.direct", "shortattack"]), dice)
+    hidden = CIPHERS[cipher](plain)
+    text = grammar.draw("cipher.frame", dice, bind(hidden=hidden, cipher=cipher))
+    if dice.chance(0.5):
+        return [Draft(text, "direct_injection", cipher, "user")]
+    carrier = CARRIERS[dice.pick(["email", "html", "prose", "issue", "forum", "json"])]
+    return _pair(carrier, cipher, [text], grammar, dice)
+
+
+def foreign(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """Attacks in other languages: typed, in a document of that language, or code-switched."""
+    lang = dice.pick(LANGUAGES)
+    form = dice.pick(["typed", "typed", "native", "native", "switched", "english"])
+    order = grammar.draw(f"{lang}.{dice.pick(['override', 'order'])}", dice)
+    if form == "typed":
+        override = grammar.draw(f"{lang}.override", dice)
+        return [Draft(override, "direct_injection", "foreign_language", "user", lang)]
+    if form == "switched":
+        return _pair(
+            CARRIERS[dice.pick(["email", "page", "prose", "html", "issue", "review"])],
+            "code_switched", [order], grammar, dice,
+        )  # fmt: skip
+    if form == "english":
+        order = attack(dice.pick(["task_switch", "instruction_override"]), grammar, dice)
+    family = "code_switched" if form == "english" else "foreign_language"
+    return _native_pair(lang, order, family, grammar, dice)
+
+
+def _native_pair(lang: str, order: str, family: str, grammar: Grammar, dice: Dice) -> list[Draft]:
+    texts = grammar.draw_several(f"{lang}.text", dice.between(1, 4), dice, bind())
+    place = dice.between(0, len(texts))
+    injected = [*texts[:place], order, *texts[place:]]
+    gap = dice.pick(["\n\n", "\n", " "])
+    return [
+        Draft(gap.join(texts), "benign", "document", "document", lang, "prose"),
+        Draft(gap.join(injected), "indirect_injection", family, "document", lang, "prose"),
+    ]

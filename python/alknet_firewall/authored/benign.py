@@ -1,0 +1,72 @@
+"""Harmless texts, the ordinary ones and those that look like attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .dice import Dice
+from .disguise import register
+from .documents import CARRIERS, write
+from .grammar import Grammar, bind
+from .phrases import LANGUAGES
+from .rows import Draft, Kind, Origin
+
+__all__ = ["asides", "documents", "foreign", "pasted", "prose", "section"]
+
+
+def section(
+    name: str, family: str, origin: Origin, kind: Kind = "benign", typed: bool = False
+) -> Callable[[Grammar, Dice], list[Draft]]:
+    """Writes alternatives of one section; `typed` ones in the registers of hasty people."""
+
+    def write_one(grammar: Grammar, dice: Dice) -> list[Draft]:
+        text = grammar.draw(name, dice)
+        return [Draft(register(text, dice) if typed else text, kind, family, origin)]
+
+    return write_one
+
+
+def documents(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """A document of any kind with nothing slipped in."""
+    carrier = CARRIERS[dice.pick(sorted(CARRIERS))]
+    text = write(carrier, grammar, dice).clean()
+    return [Draft(text, "benign", "document", "document", carrier=carrier.name)]
+
+
+def prose(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """An article without a trace of mark-up."""
+    text = write(CARRIERS["prose"], grammar, dice).clean()
+    return [Draft(text, "benign", "document", "document", carrier="prose")]
+
+
+def asides(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """A document with orders to people, quiz questions or notorious words slipped in.
+
+    They stand where injections stand and are dressed alike, so that neither the place nor a change
+    of subject can be mistaken for an attack.
+    """
+    carrier = CARRIERS[dice.pick(sorted(CARRIERS))]
+    texts = [register(grammar.draw("aside", dice), dice) for _ in range(dice.between(1, 2))]
+    text = write(carrier, grammar, dice).with_insertions(texts, grammar, dice)
+    return [Draft(text, "hard_benign", "human_aside", "document", carrier=carrier.name)]
+
+
+def pasted(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """A request about a pasted document, with or without an aside in it."""
+    carrier = CARRIERS[dice.pick(sorted(CARRIERS))]
+    texts = [grammar.draw("aside", dice)] if dice.chance(0.4) else []
+    text = write(carrier, grammar, dice).with_insertions(texts, grammar, dice)
+    request = grammar.draw("paste.request", dice)
+    layout = grammar.draw("paste.layout", dice, bind(instruction=request, pasted=text))
+    return [Draft(layout, "benign", "pasted_text", "user", carrier=carrier.name)]
+
+
+def foreign(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """Requests and documents in other languages."""
+    lang = dice.pick(LANGUAGES)
+    if dice.chance(0.4):
+        request = grammar.draw(f"{lang}.request", dice)
+        return [Draft(request, "benign", "foreign_language", "user", lang)]
+    texts = grammar.draw_several(f"{lang}.text", dice.between(1, 5), dice, bind())
+    text = dice.pick(["\n\n", "\n", " "]).join(texts)
+    return [Draft(text, "benign", "foreign_language", "document", lang, "prose")]

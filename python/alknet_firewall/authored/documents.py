@@ -1,0 +1,169 @@
+"""Documents with places where something can be slipped in, and the slipping in.
+
+A carrier is a kind of document (``data/carriers``). Its text holds ``{here}`` wherever a stranger's
+sentence could stand: on a line of its own, or at the end of a sentence. The same document with and
+without the insertion makes a pair.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .dice import Dice
+from .grammar import Grammar, bind
+
+__all__ = ["CARRIERS", "Carrier", "Document", "write"]
+
+# A private-use character, which no phrase file contains.
+_HERE = "\ue000"
+
+# How many paragraphs a body has: mostly few, now and then as many as 1500 tokens hold.
+_BODY_LENGTHS = {1: 5.0, 2: 5.0, 3: 4.0, 5: 3.0, 9: 1.5, 18: 1.0}
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A kind of document.
+
+    Attributes
+    ----------
+    name : str
+        Section ``carrier.<name>``.
+    wrapper : str
+        Section ``wrap.<wrapper>``: how an insertion on a line of its own is dressed.
+    one_line : bool
+        Insertions may not contain line breaks.
+    quoted : bool
+        Insertions stand inside JSON-like strings and are escaped for them.
+    """
+
+    name: str
+    wrapper: str = "plain"
+    one_line: bool = False
+    quoted: bool = False
+
+
+CARRIERS: dict[str, Carrier] = {
+    carrier.name: carrier
+    for carrier in (
+        Carrier("email"),
+        Carrier("thread"),
+        Carrier("newsletter", "markup"),
+        Carrier("calendar", one_line=True),
+        Carrier("chat", "chat", one_line=True),
+        Carrier("html", "html"),
+        Carrier("page", "markup"),
+        Carrier("shop", "markup"),
+        Carrier("review"),
+        Carrier("forum"),
+        Carrier("search"),
+        Carrier("listing"),
+        Carrier("social"),
+        Carrier("subtitle", one_line=True),
+        Carrier("issue", "markup"),
+        Carrier("python", "hash", one_line=True),
+        Carrier("csource", "slash", one_line=True),
+        Carrier("log", "log", one_line=True),
+        Carrier("csv", one_line=True, quoted=True),
+        Carrier("json", quoted=True),
+        Carrier("yaml", quoted=True),
+        Carrier("readme", "markup"),
+        Carrier("config", "hash", one_line=True),
+        Carrier("resume"),
+        Carrier("minutes"),
+        Carrier("ticket"),
+        Carrier("invoice"),
+        Carrier("contract"),
+        Carrier("pdf"),
+        Carrier("medical"),
+        Carrier("sql", one_line=True),
+        Carrier("slides", "bullet", one_line=True),
+        Carrier("rss", "html"),
+        Carrier("prose"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document that still has its open places."""
+
+    carrier: Carrier
+    marked: str
+
+    def clean(self) -> str:
+        """The document with nothing slipped in."""
+        return self._fill({}, lambda text: text)
+
+    def with_insertions(self, texts: list[str], grammar: Grammar, dice: Dice) -> str:
+        """The document with each text at another place, in the order given.
+
+        Where there are fewer places than texts, the texts are joined.
+        """
+        places = self.marked.count(_HERE)
+        if places < len(texts):
+            texts = [" ".join(texts)]
+        chosen = sorted(dice.sample(range(places), len(texts)))
+        fitted = [self._fit(text) for text in texts]
+        wrapper = f"wrap.{self.carrier.wrapper}"
+        return self._fill(
+            dict(zip(chosen, fitted, strict=True)),
+            lambda text: grammar.draw(wrapper, dice, bind(payload=text)),
+        )
+
+    def _fit(self, text: str) -> str:
+        """`text` as it may stand in this carrier."""
+        if self.carrier.one_line:
+            text = " ".join(text.split())
+        return json.dumps(text, ensure_ascii=False)[1:-1] if self.carrier.quoted else text
+
+    def _fill(self, fillings: dict[int, str], wrap: Callable[[str], str]) -> str:
+        """Puts texts into the places with these numbers and removes all other places."""
+        place, lines = 0, list[str]()
+        for line in self.marked.split("\n"):
+            pieces = line.split(_HERE)
+            if line.strip() == _HERE:
+                if place in fillings:
+                    lines.append(line.replace(_HERE, wrap(fillings[place])))
+            else:
+                after = [
+                    f" {fillings[i]}" if i in fillings else "" for i in _numbers(place, pieces)
+                ]
+                lines.append("".join(map("".join, zip(pieces, [*after, ""], strict=True))))
+            place += len(pieces) - 1
+        return _tidy("\n".join(lines))
+
+
+def write(carrier: Carrier, grammar: Grammar, dice: Dice) -> Document:
+    """A new document of the given kind on a topic drawn at random."""
+    topics = dice.sample(grammar.names("topic."), 6)
+    paragraphs = [
+        paragraph
+        for topic in topics
+        for paragraph in grammar.draw_several(topic, dice.between(3, 8), dice, bind())
+    ]
+    paragraphs = list(dict.fromkeys(paragraphs))
+    length = dice.weighted(_BODY_LENGTHS)
+    scope = bind(
+        here=_HERE,
+        title=grammar.draw(topics[0].replace("topic.", "title."), dice),
+        body="".join(f"{text}{_HERE}\n\n{_HERE}\n\n" for text in paragraphs[:length]).rstrip(),
+        # A body and single paragraphs never occur together.
+        para=paragraphs,
+    )
+    return Document(carrier, grammar.draw(f"carrier.{carrier.name}", dice, scope))
+
+
+def _numbers(first: int, pieces: list[str]) -> range:
+    """The numbers of the places between the pieces of a line."""
+    return range(first, first + len(pieces) - 1)
+
+
+def _tidy(text: str) -> str:
+    """No blank margins, and at most one blank line in a row."""
+    text = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text

@@ -1,0 +1,124 @@
+"""The groups of the calibration text: each can be left out as a source of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import attacks, benign
+from .dice import Dice
+from .grammar import Grammar
+from .rows import Draft
+
+__all__ = ["GROUPS", "Group"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A source of drafts.
+
+    Attributes
+    ----------
+    name : str
+        Rows carry it as ``authored/<name>``.
+    share : float
+        How many rows the group has in proportion to the others.
+    write : callable
+        One text, or the two of a pair.
+    """
+
+    name: str
+    share: float
+    write: Callable[[Grammar, Dice], list[Draft]]
+
+
+_MAIL = ["email", "thread", "newsletter", "calendar", "chat"]
+_WEB = ["html", "page", "shop", "search", "rss", "subtitle"]
+_PUBLIC = ["review", "forum", "social", "listing", "shop"]
+_TOOLS = ["json", "yaml", "csv", "sql", "ticket", "search"]
+_CODE = ["issue", "python", "csource", "log", "readme", "config"]
+_OFFICE = ["resume", "minutes", "invoice", "contract", "pdf", "medical", "slides"]
+
+_ATTACKS = (
+    # Pairs: half of these rows are the clean documents.
+    Group("slipped_orders", 3.0, attacks.slipped),
+    Group("mail_injections", 2.0, attacks.attack_in_document(_MAIL)),
+    Group("web_injections", 2.0, attacks.attack_in_document(_WEB)),
+    Group("public_injections", 1.5, attacks.attack_in_document(_PUBLIC)),
+    Group("tool_injections", 2.0, attacks.attack_in_document(_TOOLS)),
+    Group("code_injections", 2.0, attacks.attack_in_document(_CODE)),
+    Group("office_injections", 2.0, attacks.attack_in_document(_OFFICE)),
+    Group("pasted_injections", 1.0, attacks.attack_in_paste),
+    Group("foreign_injections", 1.5, attacks.foreign),
+    Group("ciphers", 0.5, attacks.disguised),
+    Group(
+        "overrides",
+        1.5,
+        attacks.direct(["instruction_override", "authority", "fresh_start", "terse_order"]),
+    ),
+    Group(
+        "personas",
+        1.5,
+        attacks.direct(["roleplay", "roleplay", "fiction", "hypothetical", "opposite_day"]),
+    ),
+    Group(
+        "extraction",
+        1.0,
+        attacks.direct(
+            [
+                "direct_extraction",
+                "indirect_extraction",
+                "pretext_extraction",
+                "secret_extraction",
+            ]
+        ),
+    ),
+    Group(
+        "conversations",
+        1.0,
+        attacks.direct(
+            ["fake_turn", "many_shot", "multi_turn", "refusal_suppression", "payload_splitting"]
+        ),
+    ),
+    Group(
+        "influence",
+        0.7,
+        attacks.direct(["memory_poisoning", "conditional_trigger", "persuasion", "unsafe_request"]),
+    ),
+)
+
+_BENIGN = (
+    Group("requests", 2.0, benign.section("request", "request", "user", typed=True)),
+    Group("pasted_requests", 1.0, benign.pasted),
+    Group("role_prompts", 1.0, benign.section("role.system", "role_prompt", "user", "hard_benign")),
+    Group(
+        "notorious_words",
+        0.4,
+        benign.section("trigger", "notorious_words", "document", "hard_benign"),
+    ),
+    Group(
+        "notorious_requests",
+        0.2,
+        benign.section("trigger.request", "notorious_words", "user", "hard_benign", typed=True),
+    ),
+    Group("orders_to_people", 1.5, benign.section("people", "orders_to_people", "document")),
+    Group("asides", 2.0, benign.asides),
+    Group(
+        "security_texts",
+        1.0,
+        benign.section("security", "security_teaching", "document", "hard_benign"),
+    ),
+    Group(
+        "security_requests",
+        0.3,
+        benign.section("security.request", "security_teaching", "user", "hard_benign"),
+    ),
+    Group("exercises", 0.6, benign.section("maths", "mathematics", "user")),
+    Group("code", 0.5, benign.section("code", "code", "document")),
+    Group("chatter", 0.6, benign.section("chatter", "chatter", "user", typed=True)),
+    Group("documents", 1.0, benign.documents),
+    Group("prose", 0.5, benign.prose),
+    Group("foreign_texts", 1.5, benign.foreign),
+)
+
+GROUPS: tuple[Group, ...] = _ATTACKS + _BENIGN
