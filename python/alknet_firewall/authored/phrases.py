@@ -11,7 +11,7 @@ __all__ = ["LANGUAGES", "phrases"]
 
 #: Languages besides English. Each has the sections ``<code>.override``, ``.order``, ``.request``
 #: and ``.text``.
-LANGUAGES = ("de", "es", "fr")
+LANGUAGES = ("ar", "de", "es", "fr", "hi", "it", "ja", "ko", "nl", "pl", "pt", "ru", "tr", "zh")
 
 # What the code supplies: the parts of documents, and what goes into frames and wrappers.
 _BOUND = ("here", "body", "payload", "hidden", "cipher", "pasted", "instruction")
