@@ -1,1 +1,428 @@
-//! stub
+//! The candle engine: portable, in fp32 throughout, the numerical reference of the native one.
+//!
+//! ```text
+//! x ─ RMSNorm ─ q, k, v ─ RoPE ─ softmax(q kᵀ / √head_dim) v ─ o_proj ─ (+x) ─ RMSNorm ─ SiLU(gate) · up ─ down ─ (+x)
+//! ```
+//!
+//! Weights are widened to fp32 when the model is loaded, embedding rows as they are needed. The rows of
+//! all sequences go through the linear layers together; attention runs per sequence, so that nothing is
+//! padded, in blocks of [`QUERIES`] queries, so that no n × n matrix is made.
+//!
+//! Rotary, norm, softmax and mask are candle's own. Its `Llama` cannot be used: it knows no sites, pads
+//! batches, keeps its cache to itself and runs to the last layer.
+//!
+//! Source: Transformers `modeling_llama.py`; candle-transformers `models/llama.rs`.
+
+use std::{
+    mem::ManuallyDrop,
+    ops::Range,
+    process,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use candle_core::{D, Device, Module, Tensor};
+use candle_nn::{Linear, RmsNorm, ops::softmax_last_dim, rotary_emb::rope};
+use candle_transformers::utils::{build_causal_mask, repeat_kv};
+use rayon::{
+    ThreadPool, ThreadPoolBuilder,
+    iter::{IntoParallelIterator, ParallelIterator},
+};
+
+use super::{
+    Backend, KvCache, LayerCache, LlamaConfig, Sequence, Sink, Site, SiteKind,
+    config::RotaryFrequencies,
+    num_layers,
+    weights::{TensorInfo, Weights},
+};
+use crate::error::{Error, Result};
+
+/// Queries whose scores are computed together: 128 × 8,192 scores of 9 heads are 38 MB.
+const QUERIES: usize = 128;
+
+/// A loaded model, immutable.
+pub struct CandleBackend {
+    config: LlamaConfig,
+    frequencies: RotaryFrequencies,
+    sites: Vec<Site>,
+    weights: Arc<Weights>,
+    embedding: TensorInfo,
+    blocks: Vec<Block>,
+    pool: Pool,
+}
+
+/// Weights of one block.
+struct Block {
+    input_layernorm: RmsNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    post_attention_layernorm: RmsNorm,
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+/// What a block makes of its input, each `[n, hidden_size]`.
+struct BlockOutput {
+    attn_out: Tensor,
+    mlp_out: Tensor,
+    resid_post: Tensor,
+}
+
+/// A sequence's rows in the batch, and its rotary angles.
+struct Segment {
+    rows: Range<usize>,
+    /// `[rows, head_dim / 2]`.
+    cos: Tensor,
+    /// `[rows, head_dim / 2]`.
+    sin: Tensor,
+}
+
+impl CandleBackend {
+    /// Widens the blocks up to the deepest of `sites`.
+    ///
+    /// `threads` defaults to what this process may use.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a list of sites that is empty, [`Error::ModelLoad`] when the file lacks a
+    /// tensor up to the deepest site, or holds a number that is not finite.
+    pub fn load(
+        weights: Arc<Weights>,
+        config: &LlamaConfig,
+        sites: &[Site],
+        threads: Option<usize>,
+    ) -> Result<Self> {
+        let pool = Pool::new(threads)?;
+        let num_layers = num_layers(sites)?;
+        let embedding =
+            weights.expect(LlamaConfig::EMBEDDINGS, config.vocab_size, config.hidden_size)?.clone();
+        let blocks = pool.run(|| {
+            (0..num_layers)
+                .into_par_iter()
+                .map(|layer| Block::load(&weights, config, layer))
+                .collect::<Result<Vec<_>>>()
+        })??;
+        Ok(Self {
+            config: config.clone(),
+            frequencies: config.rotary_frequencies(),
+            sites: sites.to_vec(),
+            weights,
+            embedding,
+            blocks,
+            pool,
+        })
+    }
+
+    /// Residual stream before the first block, `[n, hidden_size]`.
+    fn embed(&self, batch: &[Sequence<'_>]) -> Result<Tensor> {
+        let ids = || batch.iter().flat_map(|sequence| sequence.input_ids);
+        let (n, hidden) = (ids().count(), self.config.hidden_size);
+        let mut rows = vec![0.0; n * hidden];
+        for (&id, row) in ids().zip(rows.chunks_exact_mut(hidden)) {
+            let id = id as usize;
+            self.weights.widen_rows(&self.embedding, id..id + 1, row)?;
+        }
+        Ok(Tensor::from_vec(rows, (n, hidden), &Device::Cpu)?)
+    }
+
+    /// Where the sequences lie in the batch.
+    fn segments(&self, batch: &[Sequence<'_>]) -> Result<Vec<Segment>> {
+        let mut start = 0;
+        let mut segment = |sequence: &Sequence<'_>| {
+            let rows = start..start + sequence.input_ids.len();
+            start = rows.end;
+            let past = sequence.cache.len();
+            let (cos, sin) = self.angles(past..past + rows.len())?;
+            Ok(Segment { rows, cos, sin })
+        };
+        batch.iter().filter(|sequence| !sequence.input_ids.is_empty()).map(&mut segment).collect()
+    }
+
+    /// Cosines and sines of the rotary angles, `[positions, head_dim / 2]`.
+    fn angles(&self, positions: Range<usize>) -> Result<(Tensor, Tensor)> {
+        let RotaryFrequencies { inv_freq, attention_factor } = &self.frequencies;
+        let shape = (positions.len(), inv_freq.len());
+        // In f64: at position 8,000 an angle in f32 is off by 5e-4.
+        let (cos, sin): (Vec<f32>, Vec<f32>) = positions
+            .flat_map(|position| inv_freq.iter().map(move |f| (position as f64 * f).sin_cos()))
+            .map(|(sin, cos)| ((cos * attention_factor) as f32, (sin * attention_factor) as f32))
+            .unzip();
+        let tensor = |angles| Tensor::from_vec(angles, shape, &Device::Cpu);
+        Ok((tensor(cos)?, tensor(sin)?))
+    }
+
+    /// Takes the rows of all sequences through one block and extends their caches.
+    fn block(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        segments: &[Segment],
+        caches: &mut [&mut LayerCache],
+    ) -> Result<BlockOutput> {
+        let block = &self.blocks[layer];
+        let normed = block.input_layernorm.forward(x)?;
+        let (q, k, v) = (
+            block.q_proj.forward(&normed)?,
+            block.k_proj.forward(&normed)?,
+            block.v_proj.forward(&normed)?,
+        );
+        let contexts = segments
+            .iter()
+            .zip(caches)
+            .map(|(segment, cache)| self.attention(segment, &q, &k, &v, cache))
+            .collect::<Result<Vec<_>>>()?;
+        let attn_out = block.o_proj.forward(&Tensor::cat(&contexts, 0)?)?;
+        let resid_mid = (x + &attn_out)?;
+        let normed = block.post_attention_layernorm.forward(&resid_mid)?;
+        let gate = block.gate_proj.forward(&normed)?.silu()?;
+        let mlp_out = block.down_proj.forward(&(gate * block.up_proj.forward(&normed)?)?)?;
+        let resid_post = (resid_mid + &mlp_out)?;
+        Ok(BlockOutput { attn_out, mlp_out, resid_post })
+    }
+
+    /// Attention of one sequence over its cache and itself, up to the input of `o_proj`.
+    ///
+    /// # Shapes
+    /// - `q`: `[n, num_attention_heads · head_dim]`; `k`, `v`: `[n, num_key_value_heads · head_dim]`,
+    ///   the rows of all sequences
+    /// - result: `[segment.rows, num_attention_heads · head_dim]`
+    fn attention(
+        &self,
+        segment: &Segment,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        cache: &mut LayerCache,
+    ) -> Result<Tensor> {
+        let (num_heads, num_kv_heads) =
+            (self.config.num_attention_heads, self.config.num_key_value_heads());
+        let rotated = |x: &Tensor, heads| -> Result<Tensor> {
+            let rows = x.narrow(0, segment.rows.start, segment.rows.len())?;
+            Ok(rope(&self.split_heads(&rows, heads)?, &segment.cos, &segment.sin)?)
+        };
+        let (q, k) = (rotated(q, num_heads)?, rotated(k, num_kv_heads)?);
+        cache.keys.extend(join_heads(&k)?.flatten_all()?.to_vec1::<f32>()?);
+        let v = v.narrow(0, segment.rows.start, segment.rows.len())?;
+        cache.values.extend(v.flatten_all()?.to_vec1::<f32>()?);
+
+        let all = |rows: &[f32]| -> Result<Tensor> {
+            let width = num_kv_heads * self.config.head_dim();
+            let rows = Tensor::from_slice(rows, (rows.len() / width, width), &Device::Cpu)?;
+            let heads = self.split_heads(&rows, num_kv_heads)?;
+            Ok(repeat_kv(heads, num_heads / num_kv_heads)?)
+        };
+        self.softmax_attention(&q, &all(&cache.keys)?, &all(&cache.values)?)
+    }
+
+    /// Causal attention in blocks of queries.
+    ///
+    /// # Shapes
+    /// - `q`: `[1, num_attention_heads, n, head_dim]`, the last `n` positions of `k`
+    /// - `k`, `v`: `[1, num_attention_heads, len, head_dim]`
+    /// - result: `[n, num_attention_heads · head_dim]`
+    fn softmax_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (n, len) = (q.dim(2)?, k.dim(2)?);
+        let scale = 1.0 / (self.config.head_dim() as f64).sqrt();
+        let masked = Tensor::new(f32::NEG_INFINITY, &Device::Cpu)?;
+        let mut contexts = Vec::new();
+        for start in (0..n).step_by(QUERIES) {
+            let queries = QUERIES.min(n - start);
+            // Keys after the last query of the block are masked for all of it: leave them out.
+            let (past, seen) = (len - n + start, len - n + start + queries);
+            let (k, v) = (k.narrow(2, 0, seen)?, v.narrow(2, 0, seen)?);
+            let scores = (q.narrow(2, start, queries)?.matmul(&k.t()?)? * scale)?;
+            let mask =
+                build_causal_mask(queries, past, &Device::Cpu)?.broadcast_as(scores.shape())?;
+            let scores = mask.where_cond(&masked.broadcast_as(scores.shape())?, &scores)?;
+            contexts.push(join_heads(&softmax_last_dim(&scores)?.matmul(&v)?)?);
+        }
+        Ok(Tensor::cat(&contexts, 0)?)
+    }
+
+    /// `[n, heads · head_dim]` to `[1, heads, n, head_dim]`.
+    fn split_heads(&self, rows: &Tensor, heads: usize) -> Result<Tensor> {
+        let split = rows.reshape((1, rows.dim(0)?, heads, self.config.head_dim()))?;
+        Ok(split.transpose(1, 2)?.contiguous()?)
+    }
+
+    /// Hands over the rows of all sequences at the sites of one layer.
+    fn hand_over(
+        &self,
+        layer: usize,
+        output: &BlockOutput,
+        batch: &[Sequence<'_>],
+        sink: &mut dyn Sink,
+    ) -> Result<()> {
+        for (index, site) in self.sites.iter().enumerate().filter(|(_, s)| s.layer == layer) {
+            let tensor = match site.kind {
+                SiteKind::AttnOut => &output.attn_out,
+                SiteKind::MlpOut => &output.mlp_out,
+                SiteKind::ResidPost => &output.resid_post,
+            };
+            let rows = tensor.flatten_all()?.to_vec1::<f32>()?;
+            let mut rest = rows.as_slice();
+            for (sequence, Sequence { input_ids, .. }) in batch.iter().enumerate() {
+                let (own, others) = rest.split_at(input_ids.len() * self.config.hidden_size);
+                rest = others;
+                if !own.is_empty() {
+                    sink.rows(sequence, index, 0, own)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `[1, heads, n, head_dim]` to `[n, heads · head_dim]`.
+fn join_heads(x: &Tensor) -> Result<Tensor> {
+    Ok(x.squeeze(0)?.transpose(0, 1)?.flatten_from(D::Minus2)?)
+}
+
+impl Backend for CandleBackend {
+    fn name(&self) -> String {
+        format!("candle (fp32, {} threads)", self.pool.threads)
+    }
+
+    fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
+    fn max_position_embeddings(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+
+    fn new_cache(&self) -> KvCache {
+        KvCache::new(self.blocks.len())
+    }
+
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
+        for sequence in batch.iter() {
+            sequence.check(&self.config, self.blocks.len())?;
+        }
+        if batch.iter().all(|sequence| sequence.input_ids.is_empty()) {
+            return Ok(());
+        }
+        let segments = self.segments(batch)?;
+        let mut x = self.embed(batch)?;
+        for layer in 0..self.blocks.len() {
+            let mut caches: Vec<_> = batch
+                .iter_mut()
+                .filter(|sequence| !sequence.input_ids.is_empty())
+                .map(|sequence| &mut sequence.cache.layers[layer])
+                .collect();
+            let output = self.pool.run(|| self.block(layer, &x, &segments, &mut caches))??;
+            self.hand_over(layer, &output, batch, sink)?;
+            x = output.resid_post;
+        }
+        for Sequence { input_ids, cache } in batch {
+            cache.input_ids.extend_from_slice(input_ids);
+        }
+        Ok(())
+    }
+}
+
+impl Block {
+    fn load(weights: &Weights, config: &LlamaConfig, layer: usize) -> Result<Self> {
+        let tensors = config.block_tensors();
+        let tensor = |name: String| -> Result<Option<Tensor>> {
+            let Some(tensor) = tensors.iter().find(|tensor| tensor.name == name) else {
+                return Ok(None);
+            };
+            let numbers = weights.widen(&tensor.full_name(layer), tensor.rows, tensor.cols)?;
+            let shape = [tensor.rows, tensor.cols];
+            // Vectors are the tensors of one row.
+            let shape = if tensor.rows == 1 { &shape[1..] } else { &shape[..] };
+            Ok(Some(Tensor::from_vec(numbers, shape, &Device::Cpu)?))
+        };
+        let weight = |module: &str| -> Result<Tensor> {
+            let missing = || Error::Inference(format!("{module} is no part of a Llama block"));
+            tensor(format!("{module}.weight"))?.ok_or_else(missing)
+        };
+        let linear = |module: &str| -> Result<Linear> {
+            Ok(Linear::new(weight(module)?, tensor(format!("{module}.bias"))?))
+        };
+        let norm = |module: &str| -> Result<RmsNorm> {
+            Ok(RmsNorm::new(weight(module)?, config.rms_norm_eps))
+        };
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            q_proj: linear("self_attn.q_proj")?,
+            k_proj: linear("self_attn.k_proj")?,
+            v_proj: linear("self_attn.v_proj")?,
+            o_proj: linear("self_attn.o_proj")?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            gate_proj: linear("mlp.gate_proj")?,
+            up_proj: linear("mlp.up_proj")?,
+            down_proj: linear("mlp.down_proj")?,
+        })
+    }
+}
+
+/// Threads for candle, which works on whichever rayon pool calls it.
+///
+/// rayon's global pool would be shared with the caller's own work, and the threads of any pool are
+/// gone in a forked child: there the first call starts new ones.
+struct Pool {
+    threads: usize,
+    process: u32,
+    own: ManuallyDrop<ThreadPool>,
+    forked: Mutex<Option<(u32, Arc<ThreadPool>)>>,
+}
+
+impl Pool {
+    /// Starts `threads` threads, or as many as affinity and cgroup quota let this process use.
+    fn new(threads: Option<usize>) -> Result<Self> {
+        let threads = threads
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+            .max(1);
+        let own = ManuallyDrop::new(start(threads)?);
+        Ok(Self { threads, process: process::id(), own, forked: Mutex::default() })
+    }
+
+    /// Runs `work` on the threads of this process.
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let process = process::id();
+        if self.process == process {
+            return Ok(self.own.install(work));
+        }
+        let pool = {
+            let mut forked = self.forked.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*forked {
+                Some((owner, pool)) if *owner == process => pool.clone(),
+                _ => {
+                    let pool = Arc::new(start(self.threads)?);
+                    // The pool of a parent between cannot be ended from here.
+                    std::mem::forget(forked.replace((process, pool.clone())));
+                    pool
+                }
+            }
+        };
+        Ok(pool.install(work))
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if self.process == process::id() {
+            // SAFETY: this is the only place that takes the pool out, and it runs once.
+            #[expect(unsafe_code, reason = "a forked child must not wait for its parent's threads")]
+            unsafe {
+                ManuallyDrop::drop(&mut self.own);
+            }
+        }
+    }
+}
+
+/// A pool of `threads` threads of this process.
+fn start(threads: usize) -> Result<ThreadPool> {
+    ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|index| format!("alknet-candle-{index}"))
+        .build()
+        .map_err(|error| Error::Inference(format!("threads cannot be started: {error}")))
+}

@@ -79,6 +79,43 @@ pub struct Sequence<'a> {
     pub cache: &'a mut KvCache,
 }
 
+impl Sequence<'_> {
+    /// Refuses what a model of `config`, run through `num_layers` blocks, cannot read.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for token ids outside the vocabulary or more positions than the model has,
+    /// [`Error::Inference`] for a cache of another engine or of a pass that failed.
+    pub(crate) fn check(&self, config: &LlamaConfig, num_layers: usize) -> Result<()> {
+        let (past, new) = (self.cache.len(), self.input_ids.len());
+        let (vocab_size, most) = (config.vocab_size, config.max_position_embeddings);
+        if past + new > most {
+            return Err(Error::Input(format!("{} tokens; the model reads at most {most}", past + new)));
+        }
+        if let Some(id) = self.input_ids.iter().find(|&&id| id as usize >= vocab_size) {
+            return Err(Error::Input(format!(
+                "token id {id} is outside the vocabulary of {vocab_size}"
+            )));
+        }
+        let len = past * config.num_key_value_heads() * config.head_dim();
+        let layers = &self.cache.layers;
+        let fits = |layer: &LayerCache| layer.keys.len() == len && layer.values.len() == len;
+        if layers.len() != num_layers || !layers.iter().all(fits) {
+            return Err(Error::Inference(
+                "the key/value cache is not one of this engine, or of a pass that failed".into(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Number of blocks up to the deepest of `sites`.
+fn num_layers(sites: &[Site]) -> Result<usize> {
+    let deepest = sites.iter().map(|site| site.layer).max().ok_or_else(|| {
+        Error::Config("no sites: name at least one, such as 14.resid_post".into())
+    })?;
+    Ok(deepest + 1)
+}
+
 /// Takes activations as they are made.
 pub trait Sink {
     /// Receives `rows` of `sequence` (its index in the batch) at `site` (its index in [`Backend::sites`]).
