@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.shipped:
-        print(write_shipped())
+        sys.stdout.write(f"{write_shipped()}\n")
     else:
         _write_files(options.out, options.seed, options.rows, options.parts)
 

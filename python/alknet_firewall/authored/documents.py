@@ -19,8 +19,8 @@ __all__ = ["CARRIERS", "Carrier", "Document", "write"]
 # A private-use character, which no phrase file contains.
 _HERE = "\ue000"
 
-# How many paragraphs a body has: mostly few, now and then as many as 1500 tokens hold.
-_BODY_LENGTHS = {1: 5.0, 2: 5.0, 3: 4.0, 5: 3.0, 9: 1.5, 18: 1.0}
+# How many paragraphs a body has: mostly few, now and then some 1500 tokens.
+_BODY_LENGTHS = {1: 5.0, 2: 5.0, 3: 4.0, 5: 3.0, 9: 1.5, 26: 1.0}
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Document:
 
 def write(carrier: Carrier, grammar: Grammar, dice: Dice) -> Document:
     """A new document of the given kind on a topic drawn at random."""
-    topics = dice.sample(grammar.names("topic."), 6)
+    topics = dice.sample(grammar.names("topic."), 8)
     paragraphs = [
         paragraph
         for topic in topics
