@@ -191,8 +191,8 @@ def download(source: str, **options: Any) -> None:
     from .install import fetch
 
     with _progress() as progress:
-        path = fetch(source, progress=progress, **options)
-    click.echo(str(path))
+        fetched = fetch(source, progress=progress, **options)
+    click.echo(str(fetched.path))
 
 
 @main.command()

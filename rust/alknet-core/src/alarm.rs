@@ -83,6 +83,8 @@ pub enum Reason {
     Empty,
     /// Text beyond the limit of tokens was not read.
     NotFullyRead,
+    /// More encoded text was found than is decoded; what was not decoded was read as it stands.
+    NotFullyDecoded,
 }
 
 impl Reason {
@@ -90,6 +92,7 @@ impl Reason {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Empty => "the text is empty",
+            Self::NotFullyDecoded => "the text holds more encoded parts than are decoded",
             Self::NotFullyRead => "the text is longer than max_tokens and was not read to its end",
         }
     }

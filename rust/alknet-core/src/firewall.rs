@@ -13,16 +13,13 @@ use crate::{
     codebook::{Codebook, DirectionInfo, Fingerprint, Origin},
     error::{Error, Result},
     model::{TokenId, weights::Weights},
-    normalize::{self, View},
+    normalize::{self, HiddenText, View},
     project::Projector,
-    reader::{Reader, ReaderOptions, segments},
+    reader::{Reader, ReaderOptions, passes, segments},
     score::{self, WindowScore},
     stream::Segment,
     tokenize::Encoding,
 };
-
-/// Tokens of one pass over the model, about: enough to fill the machine, few enough to bound memory.
-const PASS_TOKENS: usize = 4096;
 
 /// Share of the error budget that novelty may spend; it may raise SUSPICIOUS, never DANGEROUS.
 const NOVELTY_SHARE: f64 = 0.05;
@@ -154,11 +151,8 @@ impl Firewall {
             .enumerate()
             .flat_map(|(c, case)| (0..case.pieces.len()).map(move |p| (c, p)))
             .collect();
-        let mut rest = pieces.as_slice();
-        while !rest.is_empty() {
-            let n = self.pass_length(&cases, rest);
-            self.pass(&mut cases, &rest[..n])?;
-            rest = &rest[n..];
+        for pass in passes(&pieces, |&(c, p)| cases[c].pieces[p].tokens.len()) {
+            self.pass(&mut cases, pass)?;
         }
         cases.iter().map(|case| self.verdict(case)).collect()
     }
@@ -166,7 +160,9 @@ impl Firewall {
     /// Views, tokens and pieces of one text.
     pub(crate) fn prepare<'a>(&self, input: &Input<'a>) -> Result<Case<'a>> {
         let views = normalize::views(input.text);
-        let mut case = Case::new(*input, views.hidden_text.is_some());
+        let hidden = views.hidden_text.as_ref().is_some_and(HiddenText::is_alarm);
+        let mut case = Case::new(*input, hidden);
+        case.undecoded = views.incomplete;
         for view in views.views {
             if view.text.trim().is_empty() {
                 continue;
@@ -184,16 +180,6 @@ impl Firewall {
             case.add(view, encoding, &self.codebook);
         }
         Ok(case)
-    }
-
-    /// How many of the next pieces make one pass.
-    fn pass_length(&self, cases: &[Case<'_>], pieces: &[(usize, usize)]) -> usize {
-        let mut tokens = 0;
-        let fits = |&&(c, p): &&(usize, usize)| {
-            tokens += cases[c].pieces[p].tokens.len();
-            tokens <= PASS_TOKENS
-        };
-        pieces.iter().take_while(fits).count().max(1)
     }
 
     /// Runs the engine over some pieces and scores their windows.
@@ -230,9 +216,10 @@ impl Firewall {
         let score = alarm::score(worst.p_value);
         let mut level = self.thresholds.level(score);
         let mut reason = case.pieces.is_empty().then_some(Reason::Empty);
-        if case.unread_bytes > 0 {
+        if case.undecoded || case.unread_bytes > 0 {
             level = level.max(AlarmLevel::Suspicious);
-            reason = Some(Reason::NotFullyRead);
+            let unread = case.unread_bytes > 0;
+            reason = Some(if unread { Reason::NotFullyRead } else { Reason::NotFullyDecoded });
         }
         let (signals, spans) = match level {
             AlarmLevel::Clear => (Vec::new(), Vec::new()),
@@ -377,6 +364,7 @@ impl Judgement {
 pub(crate) struct Case<'a> {
     input: Input<'a>,
     hidden_text: bool,
+    undecoded: bool,
     views: Vec<Reading>,
     pieces: Vec<Piece>,
     n_tokens: usize,
@@ -402,6 +390,7 @@ impl<'a> Case<'a> {
         Self {
             input,
             hidden_text,
+            undecoded: false,
             views: Vec::new(),
             pieces: Vec::new(),
             n_tokens: 0,
@@ -447,7 +436,7 @@ impl<'a> Case<'a> {
     /// Whether the text has the raw view only, with exactly these tokens.
     pub(crate) fn is_plain(&self, input_ids: &[TokenId]) -> bool {
         let raw = |reading: &Reading| reading.encoding.input_ids == input_ids;
-        !self.hidden_text && self.views.len() == 1 && self.views.iter().all(raw)
+        !self.hidden_text && !self.undecoded && self.views.len() == 1 && self.views.iter().all(raw)
     }
 
     fn input_ids(&self, piece: usize) -> &[TokenId] {
@@ -530,7 +519,7 @@ pub fn fingerprint(detector: &Path, weights: &Weights) -> Result<Fingerprint> {
         let path = detector.join(name);
         let bytes = std::fs::read(&path)
             .map_err(|error| Error::model(&path, format!("cannot be read: {error}")))?;
-        Ok(sha256(&bytes))
+        Ok::<_, Error>(sha256(&bytes))
     };
     Ok(Fingerprint {
         weights_sha256: sha256(weights.as_bytes()),

@@ -14,6 +14,7 @@ use crate::{
         native::NativeBackend, weights::Weights,
     },
     tokenize::Tokenizer,
+    window,
 };
 
 /// Which engine runs the model.
@@ -163,6 +164,74 @@ impl Reader {
         }
         Ok(capture.sequences.remove(0))
     }
+
+    /// Mean activations of every window of several texts, for calibration: per text,
+    /// `[n_windows, n_sites · hidden_size]`, the windows of its segments one after the other.
+    ///
+    /// # Errors
+    /// As [`Backend::forward`].
+    pub fn window_means(&self, texts: &[&str], layout: &WindowLayout) -> Result<Vec<Vec<f32>>> {
+        let encode = |text: &&str| self.tokenizer.encode(text).map(|encoding| encoding.input_ids);
+        let input_ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
+        let mut means = vec![Vec::new(); texts.len()];
+        let mut pieces: Vec<(usize, Range<usize>)> = Vec::new();
+        for (t, ids) in input_ids.iter().enumerate() {
+            let n = ids.len().min(layout.max_tokens);
+            let ranges = segments(n, layout.segment_tokens, layout.segment_overlap);
+            pieces.extend(ranges.into_iter().map(|range| (t, range)));
+        }
+        let (n_sites, hidden) = (self.backend.sites().len(), self.backend.hidden_size());
+        let width = n_sites * hidden;
+        for pass in passes(&pieces, |(_, range)| range.len()) {
+            let ids: Vec<_> = pass.iter().map(|(t, range)| &input_ids[*t][range.clone()]).collect();
+            let seq_lens: Vec<_> = ids.iter().map(|ids| ids.len()).collect();
+            let mut capture = Capture::new(&seq_lens, n_sites, hidden);
+            self.read(&ids, &mut capture)?;
+            for ((t, _), activations) in pass.iter().zip(&capture.sequences) {
+                for range in window::ranges(activations.seq_len, layout.window, layout.stride) {
+                    let start = means[*t].len();
+                    means[*t].resize(start + width, 0.0);
+                    window::mean(&activations.data, width, range, &mut means[*t][start..]);
+                }
+            }
+        }
+        Ok(means)
+    }
+}
+
+/// How texts are cut into segments and windows, in tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct WindowLayout {
+    /// Tokens of a window.
+    pub window: usize,
+    /// Tokens between the starts of windows.
+    pub stride: usize,
+    /// Most tokens of a segment.
+    pub segment_tokens: usize,
+    /// Tokens that neighbouring segments share.
+    pub segment_overlap: usize,
+    /// Most tokens of a text that are read.
+    pub max_tokens: usize,
+}
+
+/// Tokens of one pass over the model, about: enough to fill the machine, few enough to bound memory.
+const PASS_TOKENS: usize = 4096;
+
+/// Cuts a list of pieces into passes of about [`PASS_TOKENS`] tokens, in order, one piece at least.
+pub(crate) fn passes<T>(pieces: &[T], tokens: impl Fn(&T) -> usize) -> Vec<&[T]> {
+    let mut passes = Vec::new();
+    let mut rest = pieces;
+    while !rest.is_empty() {
+        let mut sum = 0;
+        let fits = |piece: &&T| {
+            sum += tokens(piece);
+            sum <= PASS_TOKENS
+        };
+        let (pass, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+        passes.push(pass);
+        rest = later;
+    }
+    passes
 }
 
 fn load_backend(

@@ -80,14 +80,9 @@ impl Stream {
         self.firewall.screen(&self.text, self.origin)
     }
 
-    /// Bytes that have arrived.
-    pub fn len(&self) -> usize {
-        self.text.len()
-    }
-
-    /// Whether nothing has arrived.
-    pub fn is_empty(&self) -> bool {
-        self.text.is_empty()
+    /// The text that has arrived.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
     fn judge(&self) -> Result<Alarm> {

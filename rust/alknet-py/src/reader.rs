@@ -8,7 +8,7 @@ use alknet_core::{
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::{prelude::*, types::PyString};
 
-use crate::boundary::{enter_core, exception, to_py_err, utf8};
+use crate::boundary::{enter_core, exception, utf8};
 
 /// Tokenizer and engine of a detector.
 #[pyclass(frozen, module = "alknet_firewall._core")]
@@ -28,7 +28,8 @@ impl Reader {
     ) -> PyResult<Self> {
         let options = reader_options(py, engine, threads, isa)?;
         let reader = enter_core(py, || {
-            let sites = sites.iter().map(|site| site.parse()).collect::<core::Result<Vec<Site>>>()?;
+            let sites =
+                sites.iter().map(|site| site.parse()).collect::<core::Result<Vec<Site>>>()?;
             core::Reader::open(&detector, &sites, &options)
         })?;
         Ok(Self(reader))
@@ -89,13 +90,18 @@ pub(crate) fn reader_options(
         "native" => Engine::Native,
         "candle" => Engine::Candle,
         other => {
-            return Err(config(format!("engine {other:?} is unknown: use \"native\" or \"candle\"")));
+            return Err(config(format!(
+                "engine {other:?} is unknown: use \"native\" or \"candle\""
+            )));
         }
     };
     if threads == Some(0) {
-        return Err(config("threads is 0: use 1 or more, or None for what the machine allows".into()));
+        return Err(config(
+            "threads is 0: use 1 or more, or None for what the machine allows".into(),
+        ));
     }
-    let isa = isa.map(str::parse).transpose().map_err(|error: alknet_core::Error| to_py_err(py, &error))?;
+    let isa = isa.map(str::parse::<core::Isa>).transpose();
+    let isa = isa.map_err(|error| config(error.to_string()))?;
     Ok(ReaderOptions { engine, threads, isa })
 }
 
