@@ -4,11 +4,12 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
+    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands},
     dispatch::Kernels,
     isa::Isa,
     pack::PackedMatrix,
     rows::QuantizedRows,
-    scalar::{self, AttentionScratch, AttentionTask, LANES, Product},
+    scalar::{self, LANES},
 };
 
 pub(crate) static KERNELS: Kernels =
@@ -16,8 +17,44 @@ pub(crate) static KERNELS: Kernels =
 
 #[target_feature(enable = "avx2,fma")]
 fn rotate_quantize(x: &mut [f32], block: usize, out: &mut [i8]) -> (f32, i32) {
-    scalar::hadamard(x, block);
+    if block == 64 {
+        for x in x.as_chunks_mut().0 {
+            hadamard(x);
+        }
+    } else {
+        scalar::hadamard(x, block);
+    }
     scalar::quantize(x, out)
+}
+
+/// [`scalar::hadamard`] of one block of 64.
+#[target_feature(enable = "avx2,fma")]
+fn hadamard(x: &mut [f32; 64]) {
+    // SAFETY: the eight loads cover the 64 numbers.
+    let mut r: [__m256; 8] =
+        std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) });
+    for stride in [4, 2, 1] {
+        for a in (0..8).filter(|a| a & stride == 0) {
+            let b = a + stride;
+            (r[a], r[b]) = (_mm256_add_ps(r[a], r[b]), _mm256_sub_ps(r[a], r[b]));
+        }
+    }
+    // Within a register: the lower half of each pair takes a + b, the upper a − b. Multiplying by
+    // ±1 is exact, so that fusing it with the addition changes no rounding.
+    let signs = |stride: i32| {
+        let sign = |lane: i32| if lane & stride == 0 { 1.0 } else { -1.0 };
+        let [a, b, c, d, e, f, g, h] = std::array::from_fn(|lane| sign(lane as i32));
+        _mm256_setr_ps(a, b, c, d, e, f, g, h)
+    };
+    for r in &mut r {
+        *r = _mm256_fmadd_ps(*r, signs(4), _mm256_permute2f128_ps::<1>(*r, *r));
+        *r = _mm256_fmadd_ps(*r, signs(2), _mm256_permute_ps::<0b01_00_11_10>(*r));
+        *r = _mm256_fmadd_ps(*r, signs(1), _mm256_permute_ps::<0b10_11_00_01>(*r));
+    }
+    for (i, r) in r.into_iter().enumerate() {
+        // SAFETY: the eight stores cover the 64 numbers.
+        unsafe { _mm256_storeu_ps(x.as_mut_ptr().add(8 * i), r) };
+    }
 }
 
 #[target_feature(enable = "avx2,fma")]
@@ -31,9 +68,8 @@ fn silu_mul(tile: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-fn attention(task: &AttentionTask<'_>, scratch: &mut AttentionScratch) {
-    // SAFETY: this function has the instruction set that `Fma` needs.
-    unsafe { scalar::attention::<Fma>(task, scratch) }
+fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
+    FP32_SCRATCH.with_borrow_mut(|scratch| attention::attention::<Fma>(task, scratch, out));
 }
 
 /// Most rows of a tile: 6 rows of half a panel use 12 of 16 registers for sums.
@@ -141,47 +177,48 @@ impl Tile<'_> {
     }
 }
 
-/// fp32 product with fused multiply-add.
+/// fp32 arithmetic of attention.
 struct Fma;
 
-impl Product for Fma {
+impl Arithmetic for Fma {
+    fp32_operands!();
+
     #[inline(always)]
-    unsafe fn product<const ADD: bool>(
-        a: &[f32],
-        lda: usize,
-        depth: usize,
-        b: &[f32],
-        n: usize,
-        c: &mut [f32],
+    fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
+        // SAFETY: only this file's `attention` uses this type, on a CPU with AVX2 and FMA.
+        unsafe { product::<ADD>(a, b, n, c) }
+    }
+
+    #[inline(always)]
+    fn transpose(
+        x: &[f32],
+        stride: usize,
+        size: (usize, usize),
+        out: &mut [f32],
+        out_stride: usize,
     ) {
-        // SAFETY: the contract is passed on.
-        unsafe { product::<ADD>(a, lda, depth, b, n, c) }
+        // SAFETY: as above.
+        unsafe { transpose(x, stride, size, out, out_stride) }
     }
 }
 
-/// [`Product::product`] in tiles of up to 6 rows by 16 columns.
+/// [`Arithmetic::product`] in tiles of up to 6 rows by 16 columns.
 #[target_feature(enable = "avx2,fma")]
-fn product<const ADD: bool>(
-    a: &[f32],
-    lda: usize,
-    depth: usize,
-    b: &[f32],
-    n: usize,
-    c: &mut [f32],
-) {
-    let m = c.len() / n;
+fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
+    let rows = c.len() / n;
     let mut row = 0;
-    while row < m {
-        let height = (m - row).min(6);
+    while row < rows {
+        let height = (rows - row).min(6);
+        let left = Operand { words: &a.words[row * a.row..], ..*a };
         for column in (0..n).step_by(LANES) {
-            let (a, b, c) = (&a[row * lda..], &b[column..], &mut c[row * n + column..]);
+            let (b, c) = (&b[column..], &mut c[row * n + column..]);
             match height {
-                1 => product_tile::<ADD, 1>(a, lda, depth, b, n, c),
-                2 => product_tile::<ADD, 2>(a, lda, depth, b, n, c),
-                3 => product_tile::<ADD, 3>(a, lda, depth, b, n, c),
-                4 => product_tile::<ADD, 4>(a, lda, depth, b, n, c),
-                5 => product_tile::<ADD, 5>(a, lda, depth, b, n, c),
-                _ => product_tile::<ADD, 6>(a, lda, depth, b, n, c),
+                1 => product_tile::<ADD, 1>(&left, b, n, c),
+                2 => product_tile::<ADD, 2>(&left, b, n, c),
+                3 => product_tile::<ADD, 3>(&left, b, n, c),
+                4 => product_tile::<ADD, 4>(&left, b, n, c),
+                5 => product_tile::<ADD, 5>(&left, b, n, c),
+                _ => product_tile::<ADD, 6>(&left, b, n, c),
             }
         }
         row += height;
@@ -191,14 +228,14 @@ fn product<const ADD: bool>(
 /// `R` rows by 16 columns.
 #[target_feature(enable = "avx2,fma")]
 fn product_tile<const ADD: bool, const R: usize>(
-    a: &[f32],
-    lda: usize,
-    depth: usize,
+    a: &Operand<'_, f32>,
     b: &[f32],
     n: usize,
     c: &mut [f32],
 ) {
-    assert!(depth > 0 && a.len() >= (R - 1) * lda + depth);
+    // `b` starts at a column: its last row is short.
+    let depth = b.len().div_ceil(n);
+    assert!(depth > 0 && a.words.len() > (R - 1) * a.row + (depth - 1) * a.column);
     assert!(b.len() >= (depth - 1) * n + LANES && c.len() >= (R - 1) * n + LANES);
     // SAFETY: every access is within the bounds asserted above.
     unsafe {
@@ -214,7 +251,7 @@ fn product_tile<const ADD: bool, const R: usize>(
             let b = b.as_ptr().add(k * n);
             let columns = [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))];
             for (r, sums) in sums.iter_mut().enumerate() {
-                let a = _mm256_set1_ps(*a.as_ptr().add(r * lda + k));
+                let a = _mm256_set1_ps(*a.words.as_ptr().add(r * a.row + k * a.column));
                 for (sum, column) in sums.iter_mut().zip(columns) {
                     *sum = _mm256_fmadd_ps(a, column, *sum);
                 }
@@ -224,6 +261,66 @@ fn product_tile<const ADD: bool, const R: usize>(
             for (p, sum) in sums.iter().enumerate() {
                 _mm256_storeu_ps(c.as_mut_ptr().add(r * n + p * 8), *sum);
             }
+        }
+    }
+}
+
+/// [`scalar::transpose`] in blocks of 8 by 8.
+#[target_feature(enable = "avx2")]
+pub(crate) fn transpose(
+    x: &[f32],
+    stride: usize,
+    (rows, columns): (usize, usize),
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    let (whole_rows, whole_columns) = (rows / 8 * 8, columns / 8 * 8);
+    for i in (0..whole_rows).step_by(8) {
+        for j in (0..whole_columns).step_by(8) {
+            transpose_block(
+                &x[i * stride + j..],
+                stride,
+                &mut out[j * out_stride + i..],
+                out_stride,
+            );
+        }
+    }
+    let right = (whole_rows, columns - whole_columns);
+    if right.1 > 0 && right.0 > 0 {
+        let out = &mut out[whole_columns * out_stride..];
+        scalar::transpose(&x[whole_columns..], stride, right, out, out_stride);
+    }
+    if rows > whole_rows {
+        let (x, out) = (&x[whole_rows * stride..], &mut out[whole_rows..]);
+        scalar::transpose(x, stride, (rows - whole_rows, columns), out, out_stride);
+    }
+}
+
+/// Transposes 8 by 8 numbers.
+#[target_feature(enable = "avx2")]
+fn transpose_block(x: &[f32], stride: usize, out: &mut [f32], out_stride: usize) {
+    assert!(x.len() >= 7 * stride + 8 && out.len() >= 7 * out_stride + 8);
+    // SAFETY: every access is within the bounds asserted above.
+    unsafe {
+        let r: [__m256; 8] = std::array::from_fn(|i| _mm256_loadu_ps(x.as_ptr().add(i * stride)));
+        // Pairs of rows, then fours, then the halves of all eight.
+        let pair =
+            |i: usize| [_mm256_unpacklo_ps(r[i], r[i + 1]), _mm256_unpackhi_ps(r[i], r[i + 1])];
+        let four = |i: usize| {
+            let (a, b) = (pair(i), pair(i + 2));
+            [
+                _mm256_shuffle_ps::<0b01_00_01_00>(a[0], b[0]),
+                _mm256_shuffle_ps::<0b11_10_11_10>(a[0], b[0]),
+                _mm256_shuffle_ps::<0b01_00_01_00>(a[1], b[1]),
+                _mm256_shuffle_ps::<0b11_10_11_10>(a[1], b[1]),
+            ]
+        };
+        let (upper, lower) = (four(0), four(4));
+        for i in 0..4 {
+            let low = _mm256_permute2f128_ps::<0x20>(upper[i], lower[i]);
+            let high = _mm256_permute2f128_ps::<0x31>(upper[i], lower[i]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(i * out_stride), low);
+            _mm256_storeu_ps(out.as_mut_ptr().add((i + 4) * out_stride), high);
         }
     }
 }

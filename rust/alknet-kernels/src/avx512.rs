@@ -3,36 +3,69 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
+    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands},
+    avx2,
     dispatch::Kernels,
     isa::Isa,
     pack::PackedMatrix,
     rows::QuantizedRows,
-    scalar::{self, AttentionScratch, AttentionTask, LANES, Product},
+    scalar::{self, LANES},
 };
 
 pub(crate) static KERNELS: Kernels =
     Kernels { isa: Isa::Avx512, rotate_quantize, rms_norm, matmul, silu_mul, attention };
 
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
-fn rotate_quantize(x: &mut [f32], block: usize, out: &mut [i8]) -> (f32, i32) {
-    scalar::hadamard(x, block);
+pub(crate) fn rotate_quantize(x: &mut [f32], block: usize, out: &mut [i8]) -> (f32, i32) {
+    if block == 64 {
+        for x in x.as_chunks_mut().0 {
+            hadamard(x);
+        }
+    } else {
+        scalar::hadamard(x, block);
+    }
     scalar::quantize(x, out)
 }
 
+/// [`scalar::hadamard`] of one block of 64.
+#[target_feature(enable = "avx512f")]
+fn hadamard(x: &mut [f32; 64]) {
+    // SAFETY: the four loads cover the 64 numbers.
+    let mut r: [__m512; 4] =
+        std::array::from_fn(|i| unsafe { _mm512_loadu_ps(x.as_ptr().add(16 * i)) });
+    for (a, b) in [(0, 2), (1, 3), (0, 1), (2, 3)] {
+        (r[a], r[b]) = (_mm512_add_ps(r[a], r[b]), _mm512_sub_ps(r[a], r[b]));
+    }
+    // Within a register: the lower half of each pair takes a + b, the upper a − b. Multiplying by
+    // ±1 is exact, so that fusing it with the addition changes no rounding.
+    let signs = |upper: u16| _mm512_mask_blend_ps(upper, _mm512_set1_ps(1.0), _mm512_set1_ps(-1.0));
+    for r in &mut r {
+        let swapped = _mm512_shuffle_f32x4::<0b01_00_11_10>(*r, *r);
+        *r = _mm512_fmadd_ps(*r, signs(0xff00), swapped);
+        let swapped = _mm512_shuffle_f32x4::<0b10_11_00_01>(*r, *r);
+        *r = _mm512_fmadd_ps(*r, signs(0xf0f0), swapped);
+        *r = _mm512_fmadd_ps(*r, signs(0xcccc), _mm512_permute_ps::<0b01_00_11_10>(*r));
+        *r = _mm512_fmadd_ps(*r, signs(0xaaaa), _mm512_permute_ps::<0b10_11_00_01>(*r));
+    }
+    for (i, r) in r.into_iter().enumerate() {
+        // SAFETY: the four stores cover the 64 numbers.
+        unsafe { _mm512_storeu_ps(x.as_mut_ptr().add(16 * i), r) };
+    }
+}
+
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
-fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     scalar::rms_norm(x, weight, eps, out);
 }
 
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
-fn silu_mul(tile: &mut [f32]) {
+pub(crate) fn silu_mul(tile: &mut [f32]) {
     scalar::silu_mul(tile);
 }
 
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
-fn attention(task: &AttentionTask<'_>, scratch: &mut AttentionScratch) {
-    // SAFETY: this function has the instruction set that `Fma` needs.
-    unsafe { scalar::attention::<Fma>(task, scratch) }
+fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
+    FP32_SCRATCH.with_borrow_mut(|scratch| attention::attention::<Fma>(task, scratch, out));
 }
 
 /// Most rows of a tile: 12 rows of 2 panels use 24 of 32 registers for sums.
@@ -40,7 +73,7 @@ const TILE_ROWS: usize = 12;
 
 /// [`scalar::matmul`] in tiles of up to 12 rows and 2 panels.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn matmul(
+pub(crate) fn matmul(
     x: &QuantizedRows,
     rows: Range<usize>,
     w: &PackedMatrix,
@@ -137,98 +170,112 @@ fn tile<const R: usize, const P: usize>(
     }
 }
 
-/// fp32 product with fused multiply-add.
+/// fp32 arithmetic of attention.
 struct Fma;
 
-impl Product for Fma {
+impl Arithmetic for Fma {
+    fp32_operands!();
+
     #[inline(always)]
-    unsafe fn product<const ADD: bool>(
-        a: &[f32],
-        lda: usize,
-        depth: usize,
-        b: &[f32],
-        n: usize,
-        c: &mut [f32],
+    fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
+        // SAFETY: only this file's `attention` uses this type, on a CPU with AVX-512.
+        unsafe { fp32_product::<ADD>(a, b, n, c) }
+    }
+
+    #[inline(always)]
+    fn transpose(
+        x: &[f32],
+        stride: usize,
+        size: (usize, usize),
+        out: &mut [f32],
+        out_stride: usize,
     ) {
-        // SAFETY: the contract is passed on.
-        unsafe { product::<ADD>(a, lda, depth, b, n, c) }
+        // SAFETY: only this file's `attention` uses this type, on a CPU with AVX2.
+        unsafe { avx2::transpose(x, stride, size, out, out_stride) }
     }
 }
 
-/// [`Product::product`] in tiles of up to 6 rows by 64 columns.
-#[target_feature(enable = "avx512f")]
-fn product<const ADD: bool>(
-    a: &[f32],
-    lda: usize,
-    depth: usize,
-    b: &[f32],
-    n: usize,
-    c: &mut [f32],
-) {
-    let m = c.len() / n;
-    let mut row = 0;
-    while row < m {
-        let height = (m - row).min(6);
-        let mut column = 0;
-        while column < n {
-            let width = (n - column).min(4 * LANES);
-            let (a, b, c) = (&a[row * lda..], &b[column..], &mut c[row * n + column..]);
-            macro_rules! call {
-                ($($r:literal)*) => {
-                    match (height, width / LANES) {
-                        $(($r, 4) => product_tile::<ADD, $r, 4>(a, lda, depth, b, n, c),
-                        ($r, 3) => product_tile::<ADD, $r, 3>(a, lda, depth, b, n, c),
-                        ($r, 2) => product_tile::<ADD, $r, 2>(a, lda, depth, b, n, c),
-                        ($r, _) => product_tile::<ADD, $r, 1>(a, lda, depth, b, n, c),)*
-                        _ => unreachable!("tiles have 1 to 6 rows"),
+/// Defines a product of attention in tiles of up to 8 rows by 3 registers.
+///
+/// `$multiply_add(sum, a, b)` adds the product of 16 words `a` and `b`.
+macro_rules! attention_product {
+    ($name:ident, $tile:ident, $word:ty, $features:literal, $multiply_add:expr) => {
+        #[target_feature(enable = $features)]
+        fn $name<const ADD: bool>(a: &Operand<'_, $word>, b: &[$word], n: usize, c: &mut [f32]) {
+            let rows = c.len() / n;
+            let mut row = 0;
+            while row < rows {
+                // Heights are powers of two: 1 to 8 rows are at most four tiles.
+                let height = (1 << (rows - row).ilog2()).min(8);
+                let left = Operand { words: &a.words[row * a.row..], ..*a };
+                let mut column = 0;
+                while column < n {
+                    let width = ((n - column) / LANES).min(3);
+                    let (b, c) = (&b[column..], &mut c[row * n + column..]);
+                    match (height, width) {
+                        (8, 3) => $tile::<ADD, 8, 3>(&left, b, n, c),
+                        (8, 2) => $tile::<ADD, 8, 2>(&left, b, n, c),
+                        (8, _) => $tile::<ADD, 8, 1>(&left, b, n, c),
+                        (4, 3) => $tile::<ADD, 4, 3>(&left, b, n, c),
+                        (4, 2) => $tile::<ADD, 4, 2>(&left, b, n, c),
+                        (4, _) => $tile::<ADD, 4, 1>(&left, b, n, c),
+                        (2, 3) => $tile::<ADD, 2, 3>(&left, b, n, c),
+                        (2, 2) => $tile::<ADD, 2, 2>(&left, b, n, c),
+                        (2, _) => $tile::<ADD, 2, 1>(&left, b, n, c),
+                        (_, 3) => $tile::<ADD, 1, 3>(&left, b, n, c),
+                        (_, 2) => $tile::<ADD, 1, 2>(&left, b, n, c),
+                        (_, _) => $tile::<ADD, 1, 1>(&left, b, n, c),
                     }
-                };
+                    column += width * LANES;
+                }
+                row += height;
             }
-            call!(1 2 3 4 5 6);
-            column += width;
         }
-        row += height;
-    }
-}
 
-/// `R` rows by `P` registers of columns.
-#[target_feature(enable = "avx512f")]
-fn product_tile<const ADD: bool, const R: usize, const P: usize>(
-    a: &[f32],
-    lda: usize,
-    depth: usize,
-    b: &[f32],
-    n: usize,
-    c: &mut [f32],
-) {
-    assert!(depth > 0 && a.len() >= (R - 1) * lda + depth);
-    assert!(b.len() >= (depth - 1) * n + P * LANES && c.len() >= (R - 1) * n + P * LANES);
-    // SAFETY: every access is within the bounds asserted above.
-    unsafe {
-        let mut sums = [[_mm512_setzero_ps(); P]; R];
-        if ADD {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm512_loadu_ps(c.as_ptr().add(r * n + p * LANES));
+        /// `R` rows by `P` registers of columns.
+        #[target_feature(enable = $features)]
+        fn $tile<const ADD: bool, const R: usize, const P: usize>(
+            a: &Operand<'_, $word>,
+            b: &[$word],
+            n: usize,
+            c: &mut [f32],
+        ) {
+            // `b` starts at a column: its last row is short.
+            let depth = b.len().div_ceil(n);
+            assert!(depth > 0 && a.words.len() > (R - 1) * a.row + (depth - 1) * a.column);
+            assert!(b.len() >= (depth - 1) * n + P * LANES && c.len() >= (R - 1) * n + P * LANES);
+            // SAFETY: every access is within the bounds asserted above.
+            unsafe {
+                let mut sums = [[_mm512_setzero_ps(); P]; R];
+                if ADD {
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        for (p, sum) in sums.iter_mut().enumerate() {
+                            *sum = _mm512_loadu_ps(c.as_ptr().add(r * n + p * LANES));
+                        }
+                    }
+                }
+                for k in 0..depth {
+                    let mut columns = [_mm512_setzero_ps(); P];
+                    for (p, column) in columns.iter_mut().enumerate() {
+                        *column = _mm512_loadu_ps(b.as_ptr().add(k * n + p * LANES).cast());
+                    }
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let a = a.words.as_ptr().add(r * a.row + k * a.column).cast::<f32>();
+                        let a = _mm512_set1_ps(*a);
+                        for (sum, column) in sums.iter_mut().zip(columns) {
+                            *sum = $multiply_add(*sum, a, column);
+                        }
+                    }
+                }
+                for (r, sums) in sums.iter().enumerate() {
+                    for (p, sum) in sums.iter().enumerate() {
+                        _mm512_storeu_ps(c.as_mut_ptr().add(r * n + p * LANES), *sum);
+                    }
                 }
             }
         }
-        for k in 0..depth {
-            let mut columns = [_mm512_setzero_ps(); P];
-            for (p, column) in columns.iter_mut().enumerate() {
-                *column = _mm512_loadu_ps(b.as_ptr().add(k * n + p * LANES));
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let a = _mm512_set1_ps(*a.as_ptr().add(r * lda + k));
-                for (sum, column) in sums.iter_mut().zip(columns) {
-                    *sum = _mm512_fmadd_ps(a, column, *sum);
-                }
-            }
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            for (p, sum) in sums.iter().enumerate() {
-                _mm512_storeu_ps(c.as_mut_ptr().add(r * n + p * LANES), *sum);
-            }
-        }
-    }
+    };
 }
+pub(crate) use attention_product;
+
+attention_product!(fp32_product, fp32_tile, f32, "avx512f", |sum, a, b| _mm512_fmadd_ps(a, b, sum));

@@ -2,20 +2,21 @@
 
 use std::ops::Range;
 
-#[cfg(target_arch = "x86_64")]
-use crate::{avx2, avx512};
 use crate::{
+    attention::{AttentionTask, FP32_SCRATCH, Portable, attention},
     isa::{Isa, UnsupportedIsa},
     pack::PackedMatrix,
     rows::QuantizedRows,
-    scalar::{self, AttentionScratch, AttentionTask, LANES, ScalarProduct},
+    scalar::{self, LANES},
 };
+#[cfg(target_arch = "x86_64")]
+use crate::{avx2, avx512, avx512bf16};
 
 type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);
 type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
 type Matmul = unsafe fn(&QuantizedRows, Range<usize>, &PackedMatrix, Range<usize>, &mut [f32]);
 type SiluMul = unsafe fn(&mut [f32]);
-type Attention = unsafe fn(&AttentionTask<'_>, &mut AttentionScratch);
+type Attention = unsafe fn(&AttentionTask<'_>, &mut [f32]);
 
 /// Kernels of one instruction set that this CPU has.
 ///
@@ -39,8 +40,9 @@ static SCALAR: Kernels = Kernels {
     rms_norm: |x, weight, eps, out| scalar::rms_norm(x, weight, eps, out),
     matmul: |x, rows, w, panels, out| scalar::matmul(x, rows, w, panels, out),
     silu_mul: |tile| scalar::silu_mul(tile),
-    // SAFETY: portable code needs no instruction set.
-    attention: |task, scratch| unsafe { scalar::attention::<ScalarProduct>(task, scratch) },
+    attention: |task, out| {
+        FP32_SCRATCH.with_borrow_mut(|scratch| attention::<Portable>(task, scratch, out));
+    },
 };
 
 impl Kernels {
@@ -54,6 +56,8 @@ impl Kernels {
             return Err(UnsupportedIsa(isa));
         }
         Ok(match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => &avx512bf16::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]
@@ -103,11 +107,16 @@ impl Kernels {
         unsafe { (self.silu_mul)(tile) }
     }
 
-    /// [`scalar::attention`].
-    pub(crate) fn attention(&self, task: &AttentionTask<'_>, scratch: &mut AttentionScratch) {
-        scratch.reshape(task.heads * task.tokens, task.head_dim);
-        // SAFETY: the table was handed out after the CPU check, and the scratch has the task's
-        // shape. Reads of keys and values are bounds-checked.
-        unsafe { (self.attention)(task, scratch) }
+    /// [`attention`]: `[heads, tokens, head_dim]` into `out`.
+    pub(crate) fn attention(&self, task: &AttentionTask<'_>, out: &mut [f32]) {
+        let numbers = task.heads * task.head_dim;
+        assert!(out.len() == task.tokens * numbers && task.head_dim.is_multiple_of(2));
+        assert!(task.queries.len() >= (task.tokens - 1) * task.query_stride + numbers);
+        let end = task.first + task.tokens;
+        for rows in [task.keys, task.values] {
+            assert!(rows.len() >= (end - 1) * task.stride + task.head_dim);
+        }
+        // SAFETY: the table was handed out after the CPU check; shapes checked above.
+        unsafe { (self.attention)(task, out) }
     }
 }

@@ -25,10 +25,13 @@
 //!
 //! Source of the rotation: QuaRot, arXiv 2404.00456.
 
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512bf16;
 mod dispatch;
 mod isa;
 mod ops;

@@ -3,12 +3,13 @@
 use std::{cell::RefCell, ops::Range};
 
 use crate::{
+    attention::AttentionTask,
     dispatch::Kernels,
     isa::{Isa, UnsupportedIsa},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
     pool::{Pool, Shared, Turn},
     rows::QuantizedRows,
-    scalar::{self, AttentionScratch, AttentionTask, LANES},
+    scalar::{self, LANES},
 };
 
 /// Rows of one product between two visits of the epilogue: its tile stays in the first-level cache.
@@ -117,8 +118,8 @@ pub struct Pass {
 }
 
 thread_local! {
-    /// Buffers of attention, some 100 KiB per thread.
-    static ATTENTION: RefCell<AttentionScratch> = RefCell::default();
+    /// Result of one attention task, some 25 KiB per thread.
+    static ATTENTION_OUT: RefCell<Vec<f32>> = RefCell::default();
 }
 
 impl Pass {
@@ -167,44 +168,30 @@ impl Pass {
     /// - `x`: `[rows, weight.len()]`
     pub fn rms_norm_quantize(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut QuantizedRows) {
         let width = weight.len();
-        self.quantize_with(x.len() / width, width, out, |row, normed| {
-            self.kernels.rms_norm(&x[row * width..][..width], weight, eps, normed);
+        let rows = x.len() / width;
+        let out = RowWriter::new(out, rows, width, self.kernels);
+        self.for_row_groups(rows, |group| {
+            let mut normed = vec![0.0; width];
+            for row in group {
+                self.kernels.rms_norm(&x[row * width..][..width], weight, eps, &mut normed);
+                // SAFETY: every row belongs to one task.
+                unsafe { out.write(row, &mut normed) };
+            }
         });
     }
 
-    /// Quantises rows of `width` numbers.
+    /// Quantises rows of `width` numbers, which are rotated in place.
     ///
     /// # Shapes
     /// - `x`: `[rows, width]`
-    pub fn quantize(&self, x: &[f32], width: usize, out: &mut QuantizedRows) {
-        self.quantize_with(x.len() / width, width, out, |row, copy| {
-            copy.copy_from_slice(&x[row * width..][..width]);
-        });
-    }
-
-    /// Quantises rows that `fill(row, numbers)` makes.
-    fn quantize_with(
-        &self,
-        rows: usize,
-        width: usize,
-        out: &mut QuantizedRows,
-        fill: impl Fn(usize, &mut [f32]) + Sync,
-    ) {
-        out.reshape(rows, width);
-        let (stride, block) = (out.stride(), out.block());
-        let data = Shared::new(&mut out.data);
-        let scales = Shared::new(&mut out.scales);
-        let offsets = Shared::new(&mut out.offsets);
+    pub fn quantize(&self, x: &mut [f32], width: usize, out: &mut QuantizedRows) {
+        let rows = x.len() / width;
+        let x = Shared::new(x);
+        let out = RowWriter::new(out, rows, width, self.kernels);
         self.for_row_groups(rows, |group| {
-            let mut numbers = vec![0.0; width];
             for row in group {
-                fill(row, &mut numbers);
                 // SAFETY: every row belongs to one task.
-                let (q, scale, offset) = unsafe {
-                    (data.range(row * stride, stride), scales.range(row, 1), offsets.range(row, 1))
-                };
-                let (s, sum) = self.kernels.rotate_quantize(&mut numbers, block, q);
-                (scale[0], offset[0]) = (s, -128 * sum);
+                unsafe { out.write(row, x.range(row * width, width)) };
             }
         });
     }
@@ -261,7 +248,7 @@ impl Pass {
                 if ADD {
                     out.iter_mut().zip(tile).for_each(|(out, x)| *out += x);
                 } else {
-                    out.copy_from_slice(&tile[..len]);
+                    scalar::copy(&tile[..len], out);
                 }
             }
         });
@@ -279,7 +266,7 @@ impl Pass {
             let len = (first + LANES).min(width) - first;
             for (row, tile) in rows.zip(tile.chunks_exact(2 * LANES)) {
                 // SAFETY: every tile of the output belongs to one task.
-                unsafe { out.range(row * width + first, len) }.copy_from_slice(&tile[..len]);
+                scalar::copy(&tile[..len], unsafe { out.range(row * width + first, len) });
             }
         });
     }
@@ -313,7 +300,7 @@ impl Pass {
                 }
                 let start = row * heads.qkv_width() + head * dim;
                 // SAFETY: every head of a row belongs to one task.
-                unsafe { out.range(start, dim) }.copy_from_slice(numbers);
+                scalar::copy(numbers, unsafe { out.range(start, dim) });
             }
         });
     }
@@ -333,49 +320,74 @@ impl Pass {
                 }
             }
         }
+        let (dim, group) = (heads.head_dim, heads.group());
         let out = Shared::new(out);
         self.turn.for_each(tasks.len(), |task| {
             let (segment, tokens, head) = &tasks[task];
-            ATTENTION.with_borrow_mut(|scratch| {
-                self.attention_task(heads, segment, tokens.clone(), *head, qkv, &out, scratch);
+            let row = segment.rows.start + tokens.start;
+            let task = AttentionTask {
+                heads: group,
+                first: segment.first + tokens.start,
+                tokens: tokens.len(),
+                head_dim: dim,
+                queries: &qkv[row * heads.qkv_width() + head * group * dim..],
+                query_stride: heads.qkv_width(),
+                keys: &segment.keys[head * dim..],
+                values: &segment.values[head * dim..],
+                stride: heads.kv_width(),
+            };
+            ATTENTION_OUT.with_borrow_mut(|result| {
+                result.resize(group * tokens.len() * dim, 0.0);
+                self.kernels.attention(&task, result);
+                for (i, result) in result.chunks_exact(dim).enumerate() {
+                    let (row, head) = (row + i % tokens.len(), head * group + i / tokens.len());
+                    // SAFETY: every head of a token belongs to one task.
+                    let out = unsafe { out.range(row * heads.query_width() + head * dim, dim) };
+                    scalar::copy(result, out);
+                }
             });
         });
     }
+}
 
-    /// Attention of some tokens of a segment to one key/value head.
-    #[expect(clippy::too_many_arguments, reason = "one task of `attention`, split off for length")]
-    fn attention_task(
-        &self,
-        heads: Heads,
-        segment: &Segment<'_>,
-        tokens: Range<usize>,
-        head: usize,
-        qkv: &[f32],
-        out: &Shared<f32>,
-        scratch: &mut AttentionScratch,
-    ) {
-        let (dim, group, rows) = (heads.head_dim, heads.group(), tokens.len());
-        scratch.reshape(group * rows, dim);
-        // Row `h · rows + t` of the scratch is query head `head · group + h` of token `t`.
-        let places = (0..group * rows)
-            .map(|i| (segment.rows.start + tokens.start + i % rows, head * group + i / rows));
-        for (query, (row, head)) in scratch.queries.chunks_exact_mut(dim).zip(places.clone()) {
-            query.copy_from_slice(&qkv[row * heads.qkv_width() + head * dim..][..dim]);
+/// [`QuantizedRows`] whose rows are written by several tasks.
+struct RowWriter {
+    kernels: &'static Kernels,
+    stride: usize,
+    block: usize,
+    data: Shared<i8>,
+    scales: Shared<f32>,
+    offsets: Shared<i32>,
+}
+
+impl RowWriter {
+    fn new(out: &mut QuantizedRows, rows: usize, width: usize, kernels: &'static Kernels) -> Self {
+        out.reshape(rows, width);
+        Self {
+            kernels,
+            stride: out.stride(),
+            block: out.block(),
+            data: Shared::new(&mut out.data),
+            scales: Shared::new(&mut out.scales),
+            offsets: Shared::new(&mut out.offsets),
         }
-        let task = AttentionTask {
-            heads: group,
-            first: segment.first + tokens.start,
-            tokens: rows,
-            head_dim: dim,
-            keys: &segment.keys[head * dim..],
-            values: &segment.values[head * dim..],
-            stride: heads.kv_width(),
+    }
+
+    /// Rotates `numbers` in place and writes them as row `row`.
+    ///
+    /// # Safety
+    /// No other task may write this row, and the rows given to [`RowWriter::new`] must still be
+    /// borrowed.
+    unsafe fn write(&self, row: usize, numbers: &mut [f32]) {
+        // SAFETY: this function's contract.
+        let (q, scale, offset) = unsafe {
+            (
+                self.data.range(row * self.stride, self.stride),
+                self.scales.range(row, 1),
+                self.offsets.range(row, 1),
+            )
         };
-        self.kernels.attention(&task, scratch);
-        for (result, (row, head)) in scratch.out.chunks_exact(padded_outputs(dim)).zip(places) {
-            // SAFETY: every head of a token belongs to one task.
-            let out = unsafe { out.range(row * heads.query_width() + head * dim, dim) };
-            out.copy_from_slice(&result[..dim]);
-        }
+        let (s, sum) = self.kernels.rotate_quantize(numbers, self.block, q);
+        (scale[0], offset[0]) = (s, -128 * sum);
     }
 }

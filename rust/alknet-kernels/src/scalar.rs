@@ -17,9 +17,6 @@ pub(crate) const K_ALIGN: usize = 64;
 /// Widest block that the rotation mixes.
 const HADAMARD_MAX: usize = 64;
 
-/// Keys that attention reads at a time.
-pub(crate) const KEY_BLOCK: usize = 64;
-
 /// Bit pattern of +∞: absolute values at or above it are not finite.
 const INFINITE_BITS: u32 = 0x7f80_0000;
 
@@ -142,6 +139,14 @@ pub(crate) fn silu_mul(tile: &mut [f32]) {
     }
 }
 
+/// Copies a short row, most of it in whole vectors: for these, calling `memcpy` costs more than copying.
+#[inline(always)]
+pub(crate) fn copy(x: &[f32], out: &mut [f32]) {
+    let ((x, x_rest), (out, out_rest)) = (x.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
+    out.iter_mut().zip(x).for_each(|(out, x)| *out = *x);
+    out_rest.iter_mut().zip(x_rest).for_each(|(out, x)| *out = *x);
+}
+
 /// Rotates one head in place (pairs `i`, `i + head_dim/2`) and multiplies it by `scale`.
 ///
 /// # Shapes
@@ -186,216 +191,21 @@ pub(crate) fn matmul(
     }
 }
 
-/// fp32 product for attention; implemented once per instruction set.
-pub(crate) trait Product {
-    /// `c = a · b`, or `c += a · b` when `ADD`.
-    ///
-    /// # Shapes
-    /// - `a`: `[m, depth]` with rows `lda` apart; `b`: `[depth, n]`; `c`: `[m, n]`; `n` a multiple of
-    ///   [`LANES`]
-    ///
-    /// # Safety
-    /// The CPU must have the instruction set.
-    unsafe fn product<const ADD: bool>(
-        a: &[f32],
-        lda: usize,
-        depth: usize,
-        b: &[f32],
-        n: usize,
-        c: &mut [f32],
-    );
-}
-
-/// The portable [`Product`].
-pub(crate) struct ScalarProduct;
-
-impl Product for ScalarProduct {
-    #[inline(always)]
-    unsafe fn product<const ADD: bool>(
-        a: &[f32],
-        lda: usize,
-        depth: usize,
-        b: &[f32],
-        n: usize,
-        c: &mut [f32],
-    ) {
-        for (row, c) in c.chunks_exact_mut(n).enumerate() {
-            for (column, c) in c.chunks_exact_mut(LANES).enumerate() {
-                let mut sums = [0.0f32; LANES];
-                if ADD {
-                    sums.copy_from_slice(c);
-                }
-                for (k, a) in a[row * lda..][..depth].iter().enumerate() {
-                    for (sum, b) in sums.iter_mut().zip(&b[k * n + column * LANES..][..LANES]) {
-                        *sum += a * b;
-                    }
-                }
-                c.copy_from_slice(&sums);
-            }
-        }
-    }
-}
-
-/// Queries of one key/value head, for consecutive tokens of one sequence.
+/// Transposes a matrix: `out[j · out_stride + i] = x[i · stride + j]`.
 ///
 /// # Shapes
-/// - `queries`: `[heads · tokens, head_dim]`, scaled and rotated; row `h · tokens + t`
-/// - `keys`, `values`: rows `stride` apart from position 0, `head_dim` numbers of each row from the start
-pub(crate) struct AttentionTask<'a> {
-    /// Query heads that share the key/value head.
-    pub(crate) heads: usize,
-    /// Position of the first token.
-    pub(crate) first: usize,
-    /// Number of tokens.
-    pub(crate) tokens: usize,
-    /// Width of a head.
-    pub(crate) head_dim: usize,
-    /// Keys of this head.
-    pub(crate) keys: &'a [f32],
-    /// Values of this head.
-    pub(crate) values: &'a [f32],
-    /// Numbers from one row of keys or values to the next.
-    pub(crate) stride: usize,
-}
-
-/// Buffers of one attention task, kept between tasks.
-#[derive(Default)]
-pub(crate) struct AttentionScratch {
-    /// `[heads · tokens, head_dim]`: the queries, filled in by the caller.
-    pub(crate) queries: Vec<f32>,
-    /// `[heads · tokens, padded head_dim]`: the result.
-    pub(crate) out: Vec<f32>,
-    /// `[heads · tokens, KEY_BLOCK]`.
-    scores: Vec<f32>,
-    /// `[head_dim, KEY_BLOCK]`: keys of the block, transposed.
-    keys: Vec<f32>,
-    /// `[KEY_BLOCK, padded head_dim]`.
-    values: Vec<f32>,
-    /// `[heads · tokens]`: largest score so far, and sum of exponentials relative to it.
-    state: Vec<(f32, f32)>,
-}
-
-impl AttentionScratch {
-    /// Makes room for a task; the queries are then to be filled in.
-    pub(crate) fn reshape(&mut self, rows: usize, head_dim: usize) {
-        let padded = head_dim.next_multiple_of(LANES);
-        self.queries.resize(rows * head_dim, 0.0);
-        self.out.resize(rows * padded, 0.0);
-        self.scores.resize(rows * KEY_BLOCK, 0.0);
-        self.keys.resize(head_dim * KEY_BLOCK, 0.0);
-        self.values.resize(KEY_BLOCK * padded, 0.0);
-        self.state.resize(rows, (0.0, 0.0));
-    }
-}
-
-/// Causal attention in blocks of [`KEY_BLOCK`] keys with a running softmax.
-///
-/// Blocks start at multiples of [`KEY_BLOCK`] positions and a masked key adds exactly nothing, so a
-/// token's result does not depend on which tokens are computed with it.
-///
-/// Source: FlashAttention, arXiv 2205.14135, without its tiling of queries over memory levels.
-///
-/// # Safety
-/// The CPU must have the instruction set of `P`.
+/// - `x`: `[rows, columns]`, rows `stride` apart; `out`: `[columns, rows]`, rows `out_stride` apart
 #[inline(always)]
-pub(crate) unsafe fn attention<P: Product>(
-    task: &AttentionTask<'_>,
-    scratch: &mut AttentionScratch,
+pub(crate) fn transpose(
+    x: &[f32],
+    stride: usize,
+    (rows, columns): (usize, usize),
+    out: &mut [f32],
+    out_stride: usize,
 ) {
-    let padded = task.head_dim.next_multiple_of(LANES);
-    scratch.out.fill(0.0);
-    scratch.state.fill((f32::NEG_INFINITY, 0.0));
-    let end = task.first + task.tokens;
-    for start in (0..end).step_by(KEY_BLOCK) {
-        let len = KEY_BLOCK.min(end - start);
-        gather_block(task, start, len, padded, scratch);
-        // SAFETY: the caller vouches for the instruction set.
-        unsafe {
-            P::product::<false>(
-                &scratch.queries,
-                task.head_dim,
-                task.head_dim,
-                &scratch.keys,
-                KEY_BLOCK,
-                &mut scratch.scores,
-            );
-        }
-        for (row, scores) in scratch.scores.chunks_exact_mut(KEY_BLOCK).enumerate() {
-            let position = task.first + row % task.tokens;
-            let visible = (position + 1).saturating_sub(start).min(len);
-            let correction = softmax_block(scores, visible, &mut scratch.state[row]);
-            for out in &mut scratch.out[row * padded..][..padded] {
-                *out *= correction;
-            }
-        }
-        // SAFETY: as above.
-        unsafe {
-            P::product::<true>(
-                &scratch.scores,
-                KEY_BLOCK,
-                len,
-                &scratch.values,
-                padded,
-                &mut scratch.out,
-            );
+    for i in 0..rows {
+        for (j, x) in x[i * stride..][..columns].iter().enumerate() {
+            out[j * out_stride + i] = *x;
         }
     }
-    for (out, (_, sum)) in scratch.out.chunks_exact_mut(padded).zip(&scratch.state) {
-        let inverse = 1.0 / sum;
-        out.iter_mut().for_each(|out| *out *= inverse);
-    }
-}
-
-/// Copies a block of keys, transposed, and of values into the scratch buffers.
-#[inline(always)]
-fn gather_block(
-    task: &AttentionTask<'_>,
-    start: usize,
-    len: usize,
-    padded: usize,
-    scratch: &mut AttentionScratch,
-) {
-    for j in 0..len {
-        let key = &task.keys[(start + j) * task.stride..][..task.head_dim];
-        for (k, key) in key.iter().enumerate() {
-            scratch.keys[k * KEY_BLOCK + j] = *key;
-        }
-        let value = &task.values[(start + j) * task.stride..][..task.head_dim];
-        scratch.values[j * padded..][..task.head_dim].copy_from_slice(value);
-    }
-}
-
-/// Turns the `visible` scores of a row into exponentials relative to the largest score so far, the
-/// others into zero, and returns the factor that brings earlier sums to that new reference.
-#[inline(always)]
-fn softmax_block(scores: &mut [f32], visible: usize, state: &mut (f32, f32)) -> f32 {
-    let (visible, masked) = scores.split_at_mut(visible);
-    masked.fill(0.0);
-    if visible.is_empty() {
-        return 1.0;
-    }
-    let (max, sum) = *state;
-    let new_max = largest(visible).max(max);
-    let correction = exp(max - new_max);
-    let mut lanes = [0.0f32; LANES];
-    for block in visible.chunks_mut(LANES) {
-        for (sum, score) in lanes.iter_mut().zip(block) {
-            *score = exp(*score - new_max);
-            *sum += *score;
-        }
-    }
-    *state = (new_max, sum * correction + sum_lanes(lanes));
-    correction
-}
-
-/// Largest number of a slice; NaN is passed over (it comes back through the exponential).
-#[inline(always)]
-fn largest(x: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for block in x.chunks(LANES) {
-        for (max, x) in lanes.iter_mut().zip(block) {
-            *max = if *x > *max { *x } else { *max };
-        }
-    }
-    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }

@@ -127,6 +127,8 @@ impl NativeBackend {
             .expect("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?
             .clone();
         let blocks = Loader { weights: &weights, config, heads }.blocks(&engine, sites)?;
+        // Only embedding rows are read from here on.
+        weights.release_pages();
         Ok(Self {
             engine,
             config: config.clone(),

@@ -152,6 +152,15 @@ impl Weights {
         &self.map[info.bytes.clone()]
     }
 
+    /// Tells the operating system that this process needs no page of the file at present; pages
+    /// that are read again come back from the page cache.
+    pub fn release_pages(&self) {
+        #[cfg(target_os = "linux")]
+        #[expect(unsafe_code, reason = "advice that could change a writable or anonymous mapping")]
+        // SAFETY: the mapping is of a file and read-only, so that dropped pages come back unchanged.
+        let _advice = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+
     /// Widens `rows` of a tensor to fp32.
     ///
     /// # Shapes
@@ -163,7 +172,10 @@ impl Weights {
         let row_bytes = info.bytes.len() / info.rows;
         let bytes = &self.bytes(info)[rows.start * row_bytes..rows.end * row_bytes];
         widen(info.format, bytes, out)?;
-        if out.iter().any(|x| !x.is_finite()) {
+        // The largest bit pattern without sign is at or above infinity's if a number is not finite;
+        // unlike a search this needs no branch per number.
+        let largest = out.iter().fold(0, |largest: u32, x| largest.max(x.abs().to_bits()));
+        if largest >= f32::INFINITY.to_bits() {
             return Err(Error::model(&self.path, "holds a weight that is not finite"));
         }
         Ok(())
@@ -225,6 +237,10 @@ fn directory(map: &[u8]) -> std::result::Result<BTreeMap<String, TensorInfo>, St
                 if cols % kind.type_size() != 0 {
                     return Err(format!("tensor {name:?} is no whole number of blocks wide"));
                 }
+                // Blocks hold 16-bit scales, and candle insists on their alignment.
+                if bytes.start % align_of::<f16>() != 0 {
+                    return Err(format!("tensor {name:?} starts at the odd byte {}", bytes.start));
+                }
                 (Format::Ggml(kind), cols / kind.type_size() * kind.block_size())
             }
             (dtype, _) => return Err(format!("tensor {name:?} has unsupported type {dtype:?}")),
@@ -255,6 +271,8 @@ fn widen(format: Format, bytes: &[u8], out: &mut [f32]) -> Result<()> {
                 *x = bf16::from_le_bytes([b[0], b[1]]).to_f32();
             }
         }
+        Format::Ggml(GgmlDType::Q4_1) => widen_q4_1(bytes, out),
+        Format::Ggml(GgmlDType::Q8_0) => widen_q8_0(bytes, out),
         Format::Ggml(kind) => {
             let blocks = kind.from_data(bytes.into());
             let storage = blocks.dequantize(out.len())?;
@@ -262,4 +280,38 @@ fn widen(format: Format, bytes: &[u8], out: &mut [f32]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Numbers in a block of the ggml formats below.
+const BLOCK: usize = 32;
+
+/// Blocks of a scale `d`, a minimum `m` (both fp16) and 32 numbers `x = d · q + m` of 4 bits, the
+/// first 16 in the low halves of 16 bytes.
+///
+/// The shipped detector's two formats are widened here, straight from the mapped file: candle's
+/// functions do the same, but allocate and copy for every call.
+fn widen_q4_1(bytes: &[u8], out: &mut [f32]) {
+    for (block, out) in bytes.as_chunks::<20>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let (d, m) = (half_at(block, 0), half_at(block, 2));
+        let (low, high) = out.split_at_mut(BLOCK / 2);
+        for ((low, high), q) in low.iter_mut().zip(high).zip(&block[4..]) {
+            *low = f32::from(q & 0x0f) * d + m;
+            *high = f32::from(q >> 4) * d + m;
+        }
+    }
+}
+
+/// Blocks of a scale `d` (fp16) and 32 numbers `x = d · q` of 8 bits.
+fn widen_q8_0(bytes: &[u8], out: &mut [f32]) {
+    for (block, out) in bytes.as_chunks::<34>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        let d = half_at(block, 0);
+        for (x, q) in out.iter_mut().zip(&block[2..]) {
+            *x = f32::from(*q as i8) * d;
+        }
+    }
+}
+
+/// The fp16 number at an offset of a block.
+fn half_at(block: &[u8], offset: usize) -> f32 {
+    f16::from_le_bytes([block[offset], block[offset + 1]]).to_f32()
 }

@@ -1,0 +1,158 @@
+//! AVX-512 with BF16: as `avx512.rs`, but attention multiplies pairs of bf16 numbers, two at a time.
+//!
+//! bf16 keeps 8 bits of the mantissa, as much as the 8-bit activations that queries, keys and values
+//! are made from; sums are fp32.
+
+use std::{arch::x86_64::*, cell::RefCell};
+
+use crate::{
+    attention::{self, Arithmetic, AttentionScratch, AttentionTask, Operand},
+    avx2,
+    avx512::{self, attention_product},
+    dispatch::Kernels,
+    isa::Isa,
+    scalar::LANES,
+};
+
+pub(crate) static KERNELS: Kernels = Kernels { isa: Isa::Avx512Bf16, attention, ..avx512::KERNELS };
+
+thread_local! {
+    /// Buffers of attention in bf16, some 100 KiB per thread.
+    static SCRATCH: RefCell<AttentionScratch<u32>> = RefCell::default();
+}
+
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512bf16")]
+fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
+    SCRATCH.with_borrow_mut(|scratch| attention::attention::<Bf16>(task, scratch, out));
+}
+
+/// Pairs of bf16 numbers, the first in the lower half of a word.
+struct Bf16;
+
+impl Arithmetic for Bf16 {
+    type Word = u32;
+
+    #[inline(always)]
+    fn keys<'a>(
+        task: &AttentionTask<'a>,
+        start: usize,
+        len: usize,
+        buffer: &'a mut Vec<u32>,
+    ) -> Operand<'a, u32> {
+        let words = task.head_dim / 2;
+        buffer.resize(len * words, 0);
+        for (j, out) in buffer.chunks_exact_mut(words).enumerate() {
+            let key = &task.keys[(start + j) * task.stride..][..task.head_dim];
+            // SAFETY: only this file's `attention` uses this type, on a CPU with BF16.
+            unsafe { pair_neighbours(key, out) };
+        }
+        Operand { words: buffer, row: words, column: 1 }
+    }
+
+    #[inline(always)]
+    fn values<'a>(
+        task: &AttentionTask<'a>,
+        start: usize,
+        len: usize,
+        buffer: &'a mut Vec<u32>,
+    ) -> Operand<'a, u32> {
+        let rows = |j| &task.values[(start + j) * task.stride..][..task.head_dim];
+        pair_all(rows, len, task.head_dim, buffer);
+        Operand { words: buffer, row: 1, column: task.head_dim }
+    }
+
+    #[inline(always)]
+    fn columns<'a>(x: &'a [f32], n: usize, buffer: &'a mut Vec<u32>) -> &'a [u32] {
+        pair_all(|j| &x[j * n..][..n], x.len() / n, n, buffer);
+        buffer
+    }
+
+    #[inline(always)]
+    fn product<const ADD: bool>(a: &Operand<'_, u32>, b: &[u32], n: usize, c: &mut [f32]) {
+        // SAFETY: only this file's `attention` uses this type, on a CPU with BF16.
+        unsafe { bf16_product::<ADD>(a, b, n, c) }
+    }
+
+    #[inline(always)]
+    fn transpose(
+        x: &[f32],
+        stride: usize,
+        size: (usize, usize),
+        out: &mut [f32],
+        out_stride: usize,
+    ) {
+        // SAFETY: only this file's `attention` uses this type, on a CPU with AVX2.
+        unsafe { avx2::transpose(x, stride, size, out, out_stride) }
+    }
+}
+
+/// Pairs rows `2j` and `2j + 1` of `len` rows; the partner of a last odd row is zero.
+#[inline(always)]
+fn pair_all<'a>(
+    rows: impl Fn(usize) -> &'a [f32],
+    len: usize,
+    width: usize,
+    buffer: &mut Vec<u32>,
+) {
+    buffer.resize(len.div_ceil(2) * width, 0);
+    for (j, out) in buffer.chunks_exact_mut(width).enumerate() {
+        let second = if 2 * j + 1 < len { rows(2 * j + 1) } else { &[] };
+        // SAFETY: only this file's `attention` comes here, on a CPU with BF16.
+        unsafe { pair_rows(rows(2 * j), second, out) };
+    }
+}
+
+/// Mask of the numbers that are left from `first` on, at most a vector's.
+fn mask(len: usize, first: usize) -> u16 {
+    let left = len.saturating_sub(first).min(LANES);
+    ((1u32 << left) - 1) as u16
+}
+
+/// `out[i] = (x[2i], x[2i + 1])`.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pair_neighbours(x: &[f32], out: &mut [u32]) {
+    assert_eq!(x.len(), 2 * out.len());
+    for first in (0..x.len()).step_by(2 * LANES) {
+        // SAFETY: masks keep every access within the two slices.
+        unsafe {
+            let at = x.as_ptr().add(first);
+            let low = _mm512_maskz_loadu_ps(mask(x.len(), first), at);
+            let high = mask(x.len(), first + LANES);
+            let high = _mm512_maskz_loadu_ps(high, at.wrapping_add(LANES));
+            let pairs: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+            let out_mask = mask(out.len(), first / 2);
+            _mm512_mask_storeu_epi32(out.as_mut_ptr().add(first / 2).cast(), out_mask, pairs);
+        }
+    }
+}
+
+/// `out[i] = (x[i], y[i])`, with zero for what `y` lacks.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pair_rows(x: &[f32], y: &[f32], out: &mut [u32]) {
+    assert!(x.len() == out.len() && y.len() <= x.len());
+    // Numbers 0 and 16, 1 and 17, …
+    let interleave: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
+    // SAFETY: the array is as long as the register; masks keep every access within the slices.
+    unsafe {
+        let interleave = _mm512_loadu_si512(interleave.as_ptr().cast());
+        for first in (0..x.len()).step_by(LANES) {
+            let low = _mm512_maskz_loadu_ps(mask(x.len(), first), x.as_ptr().add(first));
+            let high = y.as_ptr().wrapping_add(first);
+            let high = _mm512_maskz_loadu_ps(mask(y.len(), first), high);
+            let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+            let pairs = _mm512_permutexvar_epi16(interleave, halves);
+            let out_mask = mask(out.len(), first);
+            _mm512_mask_storeu_epi32(out.as_mut_ptr().add(first).cast(), out_mask, pairs);
+        }
+    }
+}
+
+attention_product!(
+    bf16_product,
+    bf16_tile,
+    u32,
+    "avx512f,avx512bf16",
+    |sum, a: __m512, b: __m512| {
+        _mm512_dpbf16_ps(sum, std::mem::transmute(a), std::mem::transmute(b))
+    }
+);
