@@ -11,7 +11,9 @@ from .grammar import Grammar, bind
 from .phrases import LANGUAGES
 from .rows import Draft, Kind, Origin
 
-__all__ = ["asides", "documents", "foreign", "pasted", "prose", "section"]
+__all__ = ["asides", "documents", "foreign", "pasted", "prose", "section", "technical"]
+
+_TECHNICAL = ["python", "csource", "log", "config", "csv", "json", "yaml", "sql", "readme", "issue"]
 
 
 def section(
@@ -31,6 +33,16 @@ def documents(grammar: Grammar, dice: Dice) -> list[Draft]:
     carrier = CARRIERS[dice.pick(sorted(CARRIERS))]
     text = write(carrier, grammar, dice).clean()
     return [Draft(text, "benign", "document", "document", carrier=carrier.name)]
+
+
+def technical(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """Source code, or what programs print and read."""
+    if dice.chance(0.3):
+        text = grammar.draw(dice.pick(["code", "code.more"]), dice)
+        return [Draft(text, "benign", "code", "document")]
+    carrier = CARRIERS[dice.pick(_TECHNICAL)]
+    text = write(carrier, grammar, dice).clean()
+    return [Draft(text, "benign", "code", "document", carrier=carrier.name)]
 
 
 def prose(grammar: Grammar, dice: Dice) -> list[Draft]:

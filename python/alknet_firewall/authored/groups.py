@@ -93,8 +93,8 @@ _BENIGN = (
     Group("role_prompts", 1.0, benign.section("role.system", "role_prompt", "user", "hard_benign")),
     Group(
         "notorious_words",
-        0.4,
-        benign.section("trigger", "notorious_words", "document", "hard_benign"),
+        0.7,
+        benign.section("notorious", "notorious_words", "document", "hard_benign"),
     ),
     Group(
         "notorious_requests",
@@ -103,6 +103,7 @@ _BENIGN = (
     ),
     Group("orders_to_people", 1.5, benign.section("people", "orders_to_people", "document")),
     Group("asides", 2.0, benign.asides),
+    Group("ai_texts", 0.8, benign.section("ai", "about_assistants", "document", "hard_benign")),
     Group(
         "security_texts",
         1.0,
@@ -114,7 +115,7 @@ _BENIGN = (
         benign.section("security.request", "security_teaching", "user", "hard_benign"),
     ),
     Group("exercises", 0.6, benign.section("maths", "mathematics", "user")),
-    Group("code", 0.5, benign.section("code", "code", "document")),
+    Group("code", 0.8, benign.technical),
     Group("chatter", 0.6, benign.section("chatter", "chatter", "user", typed=True)),
     Group("documents", 1.0, benign.documents),
     Group("prose", 0.5, benign.prose),
