@@ -16,17 +16,16 @@ __all__ = ["generate"]
 _PATIENCE = 200
 
 
-def generate(seed: int, rows: int | None = None, parts: list[str] | None = None) -> Iterator[Row]:
+def generate(seed: int, rows: int, parts: list[str] | None = None) -> Iterator[Row]:
     """Writes calibration rows, no text twice.
 
     Parameters
     ----------
     seed : int
         Equal seeds give equal rows, in every Python version.
-    rows : int, optional
+    rows : int
         About how many; the groups share them out by weight, and a group of few phrases may stay
-        below its share. Without it every group goes on until it repeats itself, which some never
-        do.
+        below its share.
     parts : list of str, optional
         Names of the groups to write, all by default.
 
@@ -43,8 +42,7 @@ def generate(seed: int, rows: int | None = None, parts: list[str] | None = None)
     groups = _chosen(parts)
     total = sum(group.share for group in groups)
     for group in groups:
-        count = None if rows is None else round(rows * group.share / total)
-        yield from _group_rows(group, seed, count)
+        yield from _group_rows(group, seed, round(rows * group.share / total))
 
 
 def _chosen(parts: list[str] | None) -> list[Group]:
@@ -55,11 +53,11 @@ def _chosen(parts: list[str] | None) -> list[Group]:
     return [known[name] for name in parts] if parts else list(GROUPS)
 
 
-def _group_rows(group: Group, seed: int, count: int | None) -> Iterator[Row]:
+def _group_rows(group: Group, seed: int, count: int) -> Iterator[Row]:
     dice = Dice(f"{seed}/{group.name}")
     written = 0
     for drafts in _fresh(group, phrases(), dice):
-        if count is not None and written >= count:
+        if written >= count:
             return
         pair = f"authored-{group.name}-{seed}-p{written}" if len(drafts) == 2 else ""
         for draft in drafts:
