@@ -19,12 +19,19 @@ BIDI = "\u200e\u200f\u202a\u202d\u202e\u2066\u2068"
 LEET = str.maketrans("aeiostAEIOST", "431057431057")
 HOMOGLYPHS = str.maketrans(
     {
-        **dict(zip("aceopxyis", "\u0430\u0441\u0435\u043e\u0440\u0445\u0443\u0456\u0455", strict=True)),
-        **dict(zip("ABEHIKMOPTX", "\u0391\u0392\u0395\u0397\u0399\u039a\u039c\u039f\u03a1\u03a4\u03a7", strict=True)),
+        **dict(
+            zip("aceopxyis", "\u0430\u0441\u0435\u043e\u0440\u0445\u0443\u0456\u0455", strict=True)
+        ),
+        **dict(
+            zip(
+                "ABEHIKMOPTX",
+                "\u0391\u0392\u0395\u0397\u0399\u039a\u039c\u039f\u03a1\u03a4\u03a7",
+                strict=True,
+            )
+        ),
     }
 )
 SMALL_CAPITALS = str.maketrans("abcdefghijklmnopqrstuvwyz", "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘǫʀꜱᴛᴜᴠᴡʏᴢ")
-UPSIDE_DOWN = str.maketrans("abcdefghijklmnopqrtuvwy", "ɐqɔpǝɟƃɥᴉɾʞꞁɯuodbɹʇnʌʍʎ")
 STACKED_MARKS = "\u0300\u0302\u0306\u030a\u0316\u0324\u032e\u0334\u035c"
 
 
@@ -125,11 +132,6 @@ def flag_letters(text: str) -> str:
 def small_capitals(text: str) -> str:
     """Write in phonetic small capitals."""
     return text.lower().translate(SMALL_CAPITALS)
-
-
-def upside_down(text: str) -> str:
-    """Turn the text by half a circle."""
-    return text.lower().translate(UPSIDE_DOWN)[::-1]
 
 
 def accents(text: str) -> str:
@@ -301,7 +303,6 @@ TRANSFORMS: dict[str, Callable[[str], str]] = {
         black_boxes,
         flag_letters,
         small_capitals,
-        upside_down,
         accents,
         strikethrough,
         zalgo,
@@ -333,10 +334,10 @@ TRANSFORMS: dict[str, Callable[[str], str]] = {
 
 
 def main() -> None:
-    """Print the texts of standard input, one to a line, as the transformation given disguises them."""
+    """Disguise the lines of standard input with the transformation that is named."""
     function = TRANSFORMS[sys.argv[1]]
     for line in sys.stdin:
-        print(function(line.rstrip("\n")))
+        sys.stdout.write(function(line.rstrip("\n")) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ use super::map::Rewrite;
 /// ligature, an ordinal or a unit sign.
 const MATERIAL_LETTERS: usize = 4;
 
-/// Marks on one letter that no writing system stacks.
+/// Marks on one letter, its accent included, that writing systems stack.
 const MAX_MARKS: usize = 3;
+
+/// Letters with a mark that a word must have, nearly all of its letters, to drown in them.
+const MIN_MARKED: usize = 4;
 
 /// A text in NFKC, and whether that changes how it reads.
 #[derive(Debug)]
@@ -47,7 +50,8 @@ pub(super) fn nfkc(text: &str) -> Option<Compat> {
             false => rewrite.replace(&normal, chunk),
         }
     }
-    (rewrite.text != text).then(|| Compat { rewrite, material: styled.beside >= MATERIAL_LETTERS })
+    let material = styled.beside >= MATERIAL_LETTERS;
+    (rewrite.text != text).then_some(Compat { rewrite, material })
 }
 
 /// Byte ranges that normalize on their own: a character and all that can combine with it.
@@ -124,16 +128,19 @@ impl StyledLetters {
 
 /// Takes combining marks off words that drown in them; `None` if there is no such word.
 ///
-/// Expects NFKC, so that the accents of ordinary writing are part of their letters. Words in Latin letters
-/// of which nearly each has an accent lose these as well. The marks of Hebrew, Arabic and Indic scripts are not touched.
+/// Expects NFKC, so that the accents of ordinary writing are part of their letters. Words in Latin
+/// letters of which nearly each has an accent lose these as well, short words only among others.
+/// The marks of Hebrew, Arabic and Indic scripts are not touched.
 pub(super) fn strip_marks(text: &str) -> Option<Rewrite> {
     if text.is_ascii() || !text.chars().any(|c| is_mark(c) || is_accented(c)) {
         return None;
     }
+    let drowned = |least| words_and_gaps(text).filter(move |w| drowns(&text[w.clone()], least));
+    let least = if drowned(MIN_MARKED).nth(1).is_some() { 1 } else { MIN_MARKED };
     let mut rewrite = Rewrite::default();
     for word in words_and_gaps(text) {
         let source = &text[word.clone()];
-        if source.is_ascii() || !drowns(source) {
+        if source.is_ascii() || !drowns(source, least) {
             rewrite.keep(text, word);
             continue;
         }
@@ -182,25 +189,25 @@ fn is_accented(c: char) -> bool {
     base_letter(c) != c
 }
 
-/// Whether a word has more marks than writing needs.
-fn drowns(word: &str) -> bool {
-    let (mut letters, mut accents, mut marks, mut stack) = (0, 0, 0, 0);
+/// Whether a word has more marks than writing needs: a stack of them, a letter struck through, or
+/// one mark on each of nearly all its letters, which are at least `least`.
+fn drowns(word: &str, least: usize) -> bool {
+    let (mut letters, mut marked, mut stack) = (0, 0, 0);
     for c in word.chars() {
-        if is_mark(c) {
-            marks += 1;
-            stack += 1;
-            let strikes = matches!(c as u32, 0x0334..=0x0338 | 0x20D2..=0x20E4);
-            if stack >= MAX_MARKS || strikes {
-                return true;
-            }
+        if !is_mark(c) {
+            letters += usize::from(c.is_alphabetic());
+            stack = usize::from(is_accented(c));
+            marked += stack;
             continue;
         }
-        stack = 0;
-        letters += usize::from(c.is_alphabetic());
-        accents += usize::from(is_accented(c));
+        marked += usize::from(stack == 0);
+        stack += 1;
+        let strikes = matches!(c as u32, 0x0334..=0x0338 | 0x20D2..=0x20E4);
+        if stack > MAX_MARKS || strikes {
+            return true;
+        }
     }
-    let nearly_all = |count: usize| count >= 4 && count * 5 >= letters * 4;
-    nearly_all(marks) || nearly_all(accents)
+    marked >= least && marked * 5 >= letters * 4
 }
 
 #[cfg(test)]
@@ -241,7 +248,7 @@ mod tests {
     #[test]
     fn stacked_marks_are_stripped() {
         let zalgo: String =
-            "stop".chars().flat_map(|c| [c, '\u{300}', '\u{316}', '\u{35C}']).collect();
+            "stop".chars().flat_map(|c| [c, '\u{300}', '\u{316}', '\u{35C}', '\u{301}']).collect();
         assert_eq!(strip_marks(&zalgo).unwrap().text, "stop");
         assert_eq!(strip_marks("s\u{336}t\u{336}op").unwrap().text, "stop");
         assert_eq!(strip_marks("íǵńóŕé").unwrap().text, "ignore");
@@ -255,7 +262,7 @@ mod tests {
             "за\u{301}мок",
             "שָׁלוֹם",
             "हिन्दी",
-            "ẹ\u{301}kọ\u{301}",
+            "ẹ\u{301}kọ\u{301} kọ\u{301}",
             "1\u{FE0F}\u{20E3}",
         ] {
             let normal: String = text.nfkc().collect();

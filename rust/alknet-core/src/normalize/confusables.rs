@@ -1,8 +1,9 @@
 //! Letters of other scripts that look like ASCII letters, put back where they disguise a word.
 //!
-//! A word is folded if all its foreign letters have an ASCII look-alike and it either mixes them with
-//! Latin letters or stands in a text that is Latin otherwise. So ordinary Russian, Greek or Cherokee
-//! stays as it is. Look-alikes: Unicode Technical Standard 39 (crate `unicode-security`), and a few that it leaves out.
+//! A word is folded if all its foreign letters have an ASCII look-alike and it either mixes them
+//! with Latin letters or stands in a text that is Latin otherwise; where several are, short words
+//! are as well. So ordinary Russian, Greek or Cherokee stays as it is. Look-alikes: Unicode
+//! Technical Standard 39 (crate `unicode-security`), and a few that it leaves out.
 
 use std::{collections::HashMap, iter, ops::Range, sync::LazyLock};
 
@@ -13,10 +14,10 @@ use super::map::Rewrite;
 /// Letters a word must have before it is folded: shorter ones are symbols, units or initials.
 const MIN_LETTERS: usize = 3;
 
-/// Look-alikes that UTS 39 does not have: small capitals, turned letters, letters in black boxes.
-const MORE: [(&str, &str); 4] = [
+/// Letters that only decorate: small capitals, letters in black boxes. UTS 39 leaves most of them
+/// out.
+const DECORATED: [(&str, &str); 3] = [
     ("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘǫʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnopqrstuvwyz"),
-    ("ɐǝɟƃɥᴉɾʞꞁɯɹʇʌʍʎ", "aefghijklmrtvwy"),
     ("🅐🅑🅒🅓🅔🅕🅖🅗🅘🅙🅚🅛🅜🅝🅞🅟🅠🅡🅢🅣🅤🅥🅦🅧🅨🅩", "abcdefghijklmnopqrstuvwxyz"),
     ("🅰🅱🅲🅳🅴🅵🅶🅷🅸🅹🅺🅻🅼🅽🅾🅿🆀🆁🆂🆃🆄🆅🆆🆇🆈🆉", "abcdefghijklmnopqrstuvwxyz"),
 ];
@@ -68,14 +69,23 @@ const REGIONS: [&str; 26] = [
     "amw",
 ];
 
-static LOOKALIKES: LazyLock<HashMap<char, char>> = LazyLock::new(|| {
+/// An ASCII letter that another letter looks like.
+#[derive(Debug, Clone, Copy)]
+struct Lookalike {
+    letter: char,
+    /// The other letter is a decorated Latin one and belongs to no script of its own.
+    decorated: bool,
+}
+
+static LOOKALIKES: LazyLock<HashMap<char, Lookalike>> = LazyLock::new(|| {
+    let found = |decorated| move |(c, letter)| (c, Lookalike { letter, decorated });
     let standard = BLOCKS
         .into_iter()
         .flatten()
         .filter_map(char::from_u32)
         .filter_map(|c| Some((c, standard_lookalike(c)?)));
-    let more = MORE.iter().flat_map(|(from, to)| from.chars().zip(to.chars()));
-    standard.chain(more).collect()
+    let decorated = DECORATED.iter().flat_map(|(from, to)| from.chars().zip(to.chars()));
+    standard.map(found(false)).chain(decorated.map(found(true))).collect()
 });
 
 /// The ASCII letter whose skeleton `c` shares. `l`, `I` and `1` share theirs: capitals become `I`.
@@ -89,6 +99,10 @@ fn standard_lookalike(c: char) -> Option<char> {
 
 /// The ASCII letter that a letter of another script looks like.
 pub(super) fn lookalike(c: char) -> Option<char> {
+    find(c).map(|found| found.letter)
+}
+
+fn find(c: char) -> Option<Lookalike> {
     if c.is_ascii() { None } else { LOOKALIKES.get(&c).copied() }
 }
 
@@ -98,10 +112,16 @@ pub(super) fn fold(text: &str) -> Option<Rewrite> {
         return None;
     }
     let text_is_latin = is_latin(text);
+    let disguised = |letters| {
+        words(text).filter(move |w| is_disguised(&text[w.clone()], text_is_latin, letters))
+    };
+    let letters = if disguised(MIN_LETTERS).nth(1).is_some() { 1 } else { MIN_LETTERS };
     let mut rewrite = Rewrite::default();
     for word in words(text) {
         let source = &text[word.clone()];
-        if source.is_ascii() || !(is_disguised(source, text_is_latin) || is_flag_word(source)) {
+        if source.is_ascii()
+            || !(is_disguised(source, text_is_latin, letters) || is_flag_word(source))
+        {
             rewrite.keep(text, word);
             continue;
         }
@@ -151,30 +171,33 @@ fn is_latin_letter(c: char) -> bool {
         || matches!(c as u32, 0xC0..=0x24F | 0x1E00..=0x1EFF if c.is_alphabetic())
 }
 
-/// Whether most letters are Latin, look-alikes not counted.
+/// Whether most letters are Latin, look-alikes of other scripts not counted.
 fn is_latin(text: &str) -> bool {
     let (mut latin, mut other) = (0_usize, 0_usize);
-    for c in text.chars().filter(|c| c.is_alphabetic()) {
-        if is_latin_letter(c) {
-            latin += 1;
-        } else if lookalike(c).is_none() {
-            other += 1;
+    for c in text.chars().filter(|&c| class(c) == Class::Letter) {
+        match find(c) {
+            Some(found) => latin += usize::from(found.decorated),
+            None if is_latin_letter(c) => latin += 1,
+            None => other += 1,
         }
     }
     latin > 2 * other
 }
 
-/// Whether a word is written with look-alikes of ASCII letters.
-fn is_disguised(word: &str, text_is_latin: bool) -> bool {
+/// Whether a word of at least `letters` letters is written with look-alikes of ASCII letters.
+fn is_disguised(word: &str, text_is_latin: bool, letters: usize) -> bool {
+    if !text_is_latin && !word.chars().any(is_latin_letter) {
+        return false; // Most words of most other scripts, without looking every letter up.
+    }
     let (mut latin, mut similar) = (0_usize, 0_usize);
     for c in word.chars() {
-        match (is_latin_letter(c), lookalike(c).is_some()) {
-            (true, false) => latin += 1,
-            (_, true) => similar += 1,
-            (false, false) => return false,
+        match (lookalike(c), is_latin_letter(c)) {
+            (Some(_), _) => similar += 1,
+            (None, true) => latin += 1,
+            (None, false) => return false,
         }
     }
-    similar > 0 && latin + similar >= MIN_LETTERS && (latin > 0 || text_is_latin)
+    similar > 0 && latin + similar >= letters && (latin > 0 || text_is_latin)
 }
 
 /// Whether a run of regional indicators is something else than a row of flags.
@@ -216,10 +239,10 @@ mod tests {
     }
 
     #[test]
-    fn small_capitals_turned_and_boxed_letters_are_folded() {
+    fn decorated_letters_are_folded() {
         assert_eq!(folded("ɪɢɴᴏʀᴇ the ʀᴜʟᴇs"), "ignore the rules");
         assert_eq!(folded("the 🅽🅾🆃🅴🆂"), "the notes");
-        assert_eq!(folded("the ǝɯoɔ ʇsɐǝ").matches("east").count(), 0);
+        assert_eq!(folded("ᴛʜᴇ ɴᴏᴛᴇs ᴏꜰ ᴀ ᴄᴀᴛ"), "the notes of a cat");
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Characters that cannot be seen: taken out, and what they spell is read.
 //!
-//! Three ways of hiding text are decoded: Unicode tag characters (each stands for an ASCII character),
-//! variation selectors (each stands for a byte) and two kinds of invisible characters that stand for
-//! the bits of ASCII. Invisible characters that ordinary writing needs stay where they are: joiners
-//! in emoji and in the scripts that use them, directional marks in right-to-left text, one variation selector after
-//! an emoji or an ideograph, the three flags that Unicode recommends, a byte order mark in front.
+//! Three ways of hiding text are decoded: Unicode tag characters (each stands for an ASCII
+//! character), variation selectors (each stands for a byte) and two kinds of invisible characters
+//! that stand for the bits of ASCII. Invisible characters that ordinary writing needs stay where
+//! they are: joiners in emoji and in the scripts that use them, directional marks in right-to-left
+//! text, one variation selector after an emoji or an ideograph, the three flags that Unicode
+//! recommends, a byte order mark in front.
 
 use std::ops::Range;
 
@@ -87,12 +88,15 @@ fn kind(c: char) -> Option<Kind> {
 
 /// Hebrew, Arabic and the other right-to-left scripts.
 fn is_right_to_left(c: char) -> bool {
-    matches!(c as u32, 0x0590..=0x08FF | 0xFB1D..=0xFDFF | 0xFE70..=0xFEFC | 0x10800..=0x10FFF | 0x1E800..=0x1EFFF)
+    matches!(c as u32, 0x0590..=0x08FF | 0xFB1D..=0xFDFF | 0xFE70..=0xFEFC
+        | 0x10800..=0x10FFF | 0x1E800..=0x1EFFF)
 }
 
-/// Scripts in which joiners and zero-width spaces shape or break words: Arabic, Indic, South-East Asian, Mongolian.
+/// Scripts in which joiners and zero-width spaces shape or break words: Arabic, Indic, South-East
+/// Asian, Mongolian.
 fn uses_joiners(c: char) -> bool {
-    matches!(c as u32, 0x0590..=0x109F | 0x1700..=0x1CFF | 0xA800..=0xABFF | 0xFB50..=0xFDFF | 0x11000..=0x11FFF)
+    matches!(c as u32, 0x0590..=0x109F | 0x1700..=0x1CFF | 0xA800..=0xABFF | 0xFB50..=0xFDFF
+        | 0x11000..=0x11FFF)
 }
 
 fn is_ideograph(c: char) -> bool {
@@ -177,7 +181,9 @@ impl<'a> Scan<'a> {
 
     /// Whether ordinary writing has this invisible character between `self.last` and `next`.
     fn is_ordinary(&self, c: char, kind: Kind, next: Option<char>) -> bool {
-        let Some(last) = self.last else { return c == '\u{FEFF}' };
+        let Some(last) = self.last else {
+            return c == '\u{FEFF}' || kind == Kind::Direction && self.right_to_left;
+        };
         match kind {
             Kind::Tag(_) => false,
             Kind::Selector(byte) => {

@@ -9,11 +9,13 @@ import math
 import sys
 import sysconfig
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 SYMBOLS = "_abcdefghijklmnopqrstuvwxyz"  # _ stands for everything that is not a letter
 UNITS_PER_NAT = 16
 SMOOTHING = 0.5  # added to every count, so that no pair is impossible
+MAX_COST = 88  # so that one rare pair does not outweigh a word
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -45,10 +47,11 @@ def pair_costs() -> list[list[int]]:
     for text in docstrings():
         for word in plain_words(text):
             symbols = [0, *(SYMBOLS.index(letter) for letter in word), 0]
-            for first, second in zip(symbols, symbols[1:], strict=False):
+            for first, second in pairwise(symbols):
                 counts[first][second] += 1
     return [
-        [round(-UNITS_PER_NAT * math.log(count / sum(row))) for count in row] for row in counts
+        [min(MAX_COST, round(-UNITS_PER_NAT * math.log(count / sum(row)))) for count in row]
+        for row in counts
     ]
 
 
@@ -57,7 +60,9 @@ def main() -> None:
     out = sys.stdout
     out.write("// Written by letter_pairs.py; do not edit.\n")
     out.write("/// Cost of the second letter after the first in English, in sixteenths of a nat.\n")
-    out.write("///\n/// Row: first, column: second; 0 is anything but a letter, 1 to 26 are a to z.\n")
+    out.write(
+        "///\n/// Row: first, column: second; 0 is anything but a letter, 1 to 26 are a to z.\n"
+    )
     out.write("#[rustfmt::skip]\n")
     out.write("pub(super) const PAIR_COST: [[u8; 27]; 27] = [\n")
     for symbol, row in zip(SYMBOLS, pair_costs(), strict=True):

@@ -52,13 +52,13 @@ impl OffsetMap {
             return at..at;
         }
         let first = self.segment_at(start);
-        let mut hull = usize::MAX..0;
-        for (index, segment) in self.segments.iter().enumerate().skip(first) {
-            if segment.start >= end {
+        let mut hull = self.source_part(first, start, end);
+        for index in first + 1..self.segments.len() {
+            if self.segments[index].start >= end {
                 break;
             }
-            let source = self.source_part(index, start, end);
-            hull = hull.start.min(source.start)..hull.end.max(source.end);
+            let part = self.source_part(index, start, end);
+            hull = hull.start.min(part.start)..hull.end.max(part.end);
         }
         hull
     }
@@ -79,13 +79,14 @@ impl OffsetMap {
         segment.source.start + from..segment.source.start + to
     }
 
-    /// Where in the source the character at byte `at` of the result starts.
+    /// Where in the source byte `at` of the result begins; inside a replacement, where that ends.
     fn position(&self, at: usize) -> usize {
         let Some(segment) = self.segments.get(self.segment_at(at)) else { return 0 };
-        match (at >= self.len, segment.aligned) {
-            (true, _) => segment.source.end,
-            (false, true) => segment.source.start + (at - segment.start),
-            (false, false) => segment.source.start,
+        let offset = at - segment.start;
+        match segment.aligned {
+            true => segment.source.start + offset.min(segment.source.len()),
+            false if offset == 0 => segment.source.start,
+            false => segment.source.end,
         }
     }
 }

@@ -1,18 +1,20 @@
 //! Normalization: the readings of a text, each with a map back to the original.
 //!
-//! A text can say one thing to a person and another to a model. So up to three kinds of reading are screened:
+//! A text can say one thing to a person and another to a model. So up to three kinds of reading are
+//! screened:
 //!
 //! - **raw**: the text as it came, always;
-//! - **normalized**: NFKC, invisible characters and drowning marks taken out, look-alike letters folded,
-//!   spaced-out letters joined; only if one of these changes more than typography;
-//! - **decoded**: what tag characters, variation selectors or invisible bits spell, and stretches in base64,
-//!   hexadecimal, percent or other escapes, ROT13, backwards or leet; only if they read like language. Each view
-//!   holds all stretches in one encoding with a little of their lines around them.
+//! - **normalized**: NFKC, invisible characters and drowning marks taken out, look-alike letters
+//!   folded, spaced-out letters joined; only if one of these changes more than typography;
+//! - **decoded**: what tag characters, variation selectors or invisible bits spell, and stretches
+//!   in base64, hexadecimal, percent or other escapes, ROT13, backwards or leet; only if they read
+//!   like language. Each view holds all stretches in one encoding and a little of their lines.
 //!
-//! Ordinary text in any script has one reading. The work is linear in the length of the text: one pass for each
-//! step, encodings inside encodings to a depth of [`MAX_DEPTH`], at most [`MAX_DECODED_VIEWS`] decoded views
-//! of together at most [`MAX_DECODED_BYTES_PER_BYTE`] bytes for each byte of the text. What did not fit is said in
-//! [`Views::incomplete`]: nothing is dropped silently.
+//! Ordinary text in any script has one reading. The work is linear in the length of the text: one
+//! pass for each step, encodings inside encodings to a depth of [`MAX_DEPTH`], at most
+//! [`MAX_DECODED_VIEWS`] decoded views of together at most [`MAX_DECODED_BYTES_PER_BYTE`] bytes for
+//! each byte of the text. What did not fit is said in [`Views::incomplete`]: nothing is dropped
+//! silently.
 
 mod compat;
 mod confusables;
@@ -162,7 +164,8 @@ pub struct Views {
     pub views: Vec<View>,
     /// What invisible characters spell.
     pub hidden_text: Option<HiddenText>,
-    /// Invisible characters that ordinary writing would not have, whether they spell something or not.
+    /// Invisible characters that ordinary writing would not have, whether they spell something or
+    /// not.
     pub invisible_chars: usize,
     /// Encoded text was found that exceeds the bounds of this module, and was not read.
     pub incomplete: bool,
@@ -186,7 +189,8 @@ pub fn views(text: &str) -> Views {
     views
 }
 
-/// Takes the disguises off; `None` if there are none. Reports what was invisible to `views` and `hidden`.
+/// Takes the disguises off; `None` if there are none. Reports what was invisible to `views` and
+/// `hidden`.
 fn normalize(raw: &View, views: &mut Views, hidden: &mut Vec<View>) -> Option<View> {
     let mut normal = raw.clone();
     let mut material = false;

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use super::{confusables::lookalike, language, map::Rewrite};
 
-/// Letters in a row, each on its own, that are taken for a spaced-out word. Abbreviations and initials have fewer.
+/// Letters in a row, each on its own, that are taken for a spaced-out word. Abbreviations and
+/// initials have fewer.
 const MIN_LETTERS: usize = 5;
 
 /// The same for letters that are not ASCII, whose order says nothing to us.
@@ -13,7 +14,8 @@ const MIN_FOREIGN_LETTERS: usize = 8;
 /// Characters between two letters at most.
 const MAX_GAP_CHARS: usize = 5;
 
-/// Cost per letter up to which joined letters are words; the alphabet in order and answer keys cost more.
+/// Cost per letter up to which joined letters are words; the alphabet in order and answer keys cost
+/// more.
 const MAX_COST: i32 = 52;
 
 /// Joins spaced-out words; `None` if there are none.
@@ -107,7 +109,7 @@ fn spaced_words<'r>(text: &str, run: &'r [Range<usize>]) -> Option<Vec<&'r [Rang
     // The second gap as well as the first: a run may begin with a one-letter word.
     let tight = if gap(0).len() <= gap(1).len() { gap(0) } else { gap(1) };
     let tight_gaps = (0..run.len() - 1).filter(|&i| gap(i) == tight).count();
-    if tight_gaps * 5 < run.len() * 3 {
+    if tight_gaps * 5 < run.len() * 3 || is_list_gap(tight) {
         return None;
     }
     let mut words = Vec::new();
@@ -119,6 +121,11 @@ fn spaced_words<'r>(text: &str, run: &'r [Range<usize>]) -> Option<Vec<&'r [Rang
         }
     }
     reads_like_words(text, &words).then_some(words)
+}
+
+/// `, ` and `. `, as in lists, initials and keys to questions.
+fn is_list_gap(gap: &str) -> bool {
+    gap.starts_with([',', '.', ';', ':', ')']) && gap.ends_with(char::is_whitespace)
 }
 
 fn reads_like_words(text: &str, words: &[&[Range<usize>]]) -> bool {

@@ -22,7 +22,8 @@ const MIN_CHARS: usize = 8;
 /// Marks bytes that are no base64 digit in [`SEXTETS`].
 const NO_DIGIT: u8 = 0xFF;
 
-/// Values of the base64 digits, standard and URL-safe. A table, since every byte of every text is asked for.
+/// Values of the base64 digits, standard and URL-safe. A table, since every byte of every text is
+/// asked for.
 const SEXTETS: [u8; 256] = {
     let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut table = [NO_DIGIT; 256];
@@ -95,7 +96,9 @@ fn base64_run(bytes: &[u8], start: usize) -> Range<usize> {
 
 /// Decodes up to four digits; one alone holds no byte.
 fn base64_quantum(bytes: &[u8], digits: &[usize]) -> Option<Unit> {
-    let source = *digits.first()?..*digits.last()? + 1;
+    let (first, last) = (*digits.first()?, *digits.last()?);
+    let padding = bytes[last + 1..].iter().take(2).take_while(|&&b| b == b'=').count();
+    let source = first..last + 1 + padding;
     let bits =
         digits.iter().fold(0_u32, |bits, &i| bits << 6 | u32::from(SEXTETS[usize::from(bytes[i])]));
     let [_, decoded @ ..] = (bits << (6 * (4 - digits.len()))).to_be_bytes();

@@ -1,6 +1,7 @@
 //! Single characters written as escapes: `%69`, `&#105;`, `\u0069`.
 //!
-//! Escapes are read together with what stands between them, since one can escape a letter of each word only.
+//! Escapes are read together with what stands between them, since one can escape a letter of each
+//! word only.
 
 use std::ops::Range;
 
@@ -48,7 +49,8 @@ fn unescape(text: &str, sign: u8, unit_at: UnitAt) -> Vec<Island> {
     islands
 }
 
-/// The text of a stretch of escapes, if enough of them are letters and the whole reads like language.
+/// The text of a stretch of escapes, if enough of them are letters and the whole reads like
+/// language.
 fn island(text: &str, units: &[Unit]) -> Option<Island> {
     let (first, last) = (units.first()?, units.last()?);
     let spaces_count = text.as_bytes()[first.source.start] == b'%';
@@ -69,7 +71,8 @@ fn island(text: &str, units: &[Unit]) -> Option<Island> {
         .then_some(Island { source, rewrite })
 }
 
-/// Widens a range to the ends of its words: an escape may stand inside one. At most `MAX_GAP` bytes either way.
+/// Widens a range to the ends of its words: an escape may stand inside one. At most `MAX_GAP` bytes
+/// either way.
 fn word_around(text: &str, range: Range<usize>) -> Range<usize> {
     let bytes = text.as_bytes();
     let is_letter = |b: &&u8| b.is_ascii_alphabetic();

@@ -1,7 +1,8 @@
 //! Encoded stretches of a text, decoded where that gives something to read.
 //!
-//! Every decoder makes one pass over the text (base64 one for each of its four alignments), so the work is
-//! linear in its length. What a decoder finds is an [`Island`]: a stretch of the source and its decoded text.
+//! Every decoder makes one pass over the text (base64 one for each of its four alignments), so the
+//! work is linear in its length. What a decoder finds is an [`Island`]: a stretch of the source and
+//! its decoded text.
 
 mod bytes;
 mod escapes;
@@ -122,7 +123,8 @@ impl Unit {
     }
 }
 
-/// The stretches of printable UTF-8, at least `min_chars` long, in bytes that were read one after the other.
+/// The stretches of printable UTF-8, at least `min_chars` long, in bytes that were read one after
+/// the other.
 pub(super) fn readable_islands(units: &[Unit], min_chars: usize) -> Vec<Island> {
     let bytes: Vec<u8> = units.iter().flat_map(|unit| unit.bytes()).copied().collect();
     let mut owners = Owners { units, unit: 0, end: 0 };

