@@ -21,8 +21,10 @@ _PASTED = "\ue001"
 _PLANTED: dict[str, float] = {
     "task_switch": 5,
     "instruction_override": 3,
-    "exfiltration": 2.5,
-    "tool_hijack": 2.5,
+    "document_override": 2,
+    "agent_instruction": 2,
+    "exfiltration": 2,
+    "tool_hijack": 2,
     "output_manipulation": 2,
     "advertising": 1.5,
     "rating_manipulation": 1.5,
@@ -49,6 +51,8 @@ _FRAMED: dict[str, str] = {
 
 _SECTIONS: dict[str, str] = {
     "task_switch": "slipped",
+    "agent_instruction": "exfil.framed",
+    "document_override": "doc.override",
     "instruction_override": "override",
     "advertising": "advert",
     "rating_manipulation": "rating",
