@@ -1,0 +1,242 @@
+//! What this machine can do at most: bytes from memory, and multiply-adds of plain tile loops.
+//!
+//! `cargo run --release -p alknet-kernels --example limits` prints one JSON object. The comparison
+//! with other engines (`peers.py`) turns it into the least time that a pass can take. Every rate is
+//! that of all threads together, the best of several runs: a limit is what nothing can exceed.
+
+use std::{
+    hint::black_box,
+    sync::Barrier,
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Bytes that each thread reads: far beyond any cache.
+const STREAM_BYTES: usize = 256 << 20;
+/// Steps along the inner dimension of one tile: its operands stay in the first-level cache.
+const STEPS: usize = 128;
+const RUNS: usize = 5;
+const RUN_TIME: Duration = Duration::from_millis(120);
+
+fn main() {
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let mut fields = vec![
+        format!("\"threads\": {threads}"),
+        format!("\"stream_bytes_per_s\": {:.0}", stream_rate(threads)),
+    ];
+    fields.extend(
+        tiles()
+            .into_iter()
+            .map(|tile| format!("\"{}\": {:.0}", tile.name, tile_rate(&tile, threads))),
+    );
+    println!("{{{}}}", fields.join(", "));
+}
+
+/// One product of two small matrices that never leaves registers and first-level cache.
+struct Tile {
+    /// Arithmetic and instruction set, as in the printed object.
+    name: &'static str,
+    /// Multiply-adds of one call of `run`.
+    multiply_adds: usize,
+    /// Multiplies 32-bit words of the left operand by those of the right one.
+    run: fn(&[u32], &[u32]),
+    /// 32 bits of the operands; ones of the tile's number format.
+    ones: u32,
+}
+
+/// Bytes per second that all threads read at once, each from memory of its own.
+fn stream_rate(threads: usize) -> f64 {
+    let work = || {
+        let words: Vec<u64> = (0..STREAM_BYTES as u64 / 8).collect();
+        move || {
+            // Sums that do not wait for each other: memory is the bound, not the latency of adding.
+            let mut sums = [0_u64; 16];
+            for chunk in words.as_chunks::<16>().0 {
+                sums.iter_mut().zip(chunk).for_each(|(sum, word)| *sum = sum.wrapping_add(*word));
+            }
+            black_box(sums);
+        }
+    };
+    best_rate(threads, work) * STREAM_BYTES as f64
+}
+
+/// Multiply-adds per second of all threads.
+fn tile_rate(tile: &Tile, threads: usize) -> f64 {
+    const CALLS: usize = 100;
+    let work = || {
+        // The widest operands of any tile: 16 rows, and 2 vectors of 16 words a step.
+        let (rows, weights) = (vec![tile.ones; STEPS * 16], vec![tile.ones; STEPS * 32]);
+        move || (0..CALLS).for_each(|_| (tile.run)(black_box(&rows), black_box(&weights)))
+    };
+    best_rate(threads, work) * (CALLS * tile.multiply_adds) as f64
+}
+
+/// Calls per second, added up over threads that start together; the best of some runs.
+///
+/// `prepare` runs in each thread, untimed, and gives the call.
+fn best_rate<W: FnMut()>(threads: usize, prepare: impl Fn() -> W + Sync) -> f64 {
+    let barrier = Barrier::new(threads);
+    let rates = thread::scope(|scope| {
+        let run = || {
+            let mut work = prepare();
+            let mut rate = || {
+                barrier.wait();
+                let start = Instant::now();
+                let mut calls = 0;
+                while start.elapsed() < RUN_TIME {
+                    work();
+                    calls += 1;
+                }
+                f64::from(calls) / start.elapsed().as_secs_f64()
+            };
+            [(); RUNS].map(|()| rate())
+        };
+        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        handles.into_iter().map(|handle| handle.join().expect("no panic")).collect::<Vec<_>>()
+    });
+    (0..RUNS).map(|run| rates.iter().map(|rates| rates[run]).sum()).fold(0.0, f64::max)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tiles() -> Vec<Tile> {
+    Vec::new()
+}
+
+#[cfg(target_arch = "x86_64")]
+use x86::tiles;
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::{arch::x86_64::*, hint::black_box};
+
+    use alknet_kernels::Isa;
+
+    use super::{STEPS, Tile};
+
+    const BYTES: u32 = 0x0101_0101;
+    const BF16: u32 = 0x3f80_3f80;
+    const FP32: u32 = 0x3f80_0000;
+
+    /// The tile loops that this CPU can run.
+    pub(super) fn tiles() -> Vec<Tile> {
+        let tile = |name, run, vectors, lanes, ones| Tile {
+            name,
+            multiply_adds: STEPS * vectors * lanes,
+            run,
+            ones,
+        };
+        let mut tiles = Vec::new();
+        if Isa::Avx2.is_available() {
+            // SAFETY: the CPU has AVX2 and FMA.
+            tiles.push(tile("int8_avx2", |a, b| unsafe { int8_avx2(a, b) }, 4 * 2, 32, BYTES));
+            // SAFETY: as above.
+            tiles.push(tile("fp32_avx2", |a, b| unsafe { fp32_avx2(a, b) }, 6 * 2, 8, FP32));
+        }
+        if Isa::Avx512.is_available() {
+            // SAFETY: the CPU has AVX-512 with VNNI.
+            tiles.push(tile("int8_best", |a, b| unsafe { int8_avx512(a, b) }, 12 * 2, 64, BYTES));
+            // SAFETY: as above.
+            tiles.push(tile("fp32_best", |a, b| unsafe { fp32_avx512(a, b) }, 12 * 2, 16, FP32));
+        }
+        if Isa::Avx512Bf16.is_available() {
+            // SAFETY: the CPU has AVX-512 with BF16.
+            tiles.push(tile("bf16_best", |a, b| unsafe { bf16_avx512(a, b) }, 12 * 2, 32, BF16));
+        }
+        tiles
+    }
+
+    /// `tile_loop!(name, features, rows, words, vector, zero, |word pointer| load, |word| splat,
+    /// |sum, row, weights| sum)`: `rows` × 2 vectors of sums, each of `words` 32-bit words.
+    macro_rules! tile_loop {
+        ($name:ident, $features:literal, $rows:literal, $words:literal, $zero:expr,
+         $load:expr, $splat:expr, $mac:expr) => {
+            #[target_feature(enable = $features)]
+            fn $name(rows: &[u32], weights: &[u32]) {
+                let mut sums = [[$zero; 2]; $rows];
+                let rows = rows.as_chunks::<$rows>().0;
+                let weights = weights.as_chunks::<$words>().0.as_chunks::<2>().0;
+                for (rows, weights) in rows.iter().zip(weights).take(STEPS) {
+                    let weights = [$load(&weights[0]), $load(&weights[1])];
+                    for (sums, row) in sums.iter_mut().zip(rows) {
+                        let row = $splat(*row);
+                        sums[0] = $mac(sums[0], row, weights[0]);
+                        sums[1] = $mac(sums[1], row, weights[1]);
+                    }
+                }
+                black_box(sums);
+            }
+        };
+    }
+
+    tile_loop!(
+        int8_avx2,
+        "avx2",
+        4,
+        8,
+        _mm256_setzero_si256(),
+        load_256,
+        |word: u32| _mm256_set1_epi32(word as i32),
+        |sum, row, weights| {
+            let pairs = _mm256_maddubs_epi16(row, weights);
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    );
+    tile_loop!(
+        fp32_avx2,
+        "avx2,fma",
+        6,
+        8,
+        _mm256_setzero_ps(),
+        |words| _mm256_castsi256_ps(load_256(words)),
+        |word| _mm256_set1_ps(f32::from_bits(word)),
+        |sum, row, weights| _mm256_fmadd_ps(row, weights, sum)
+    );
+    tile_loop!(
+        int8_avx512,
+        "avx512f,avx512vnni",
+        12,
+        16,
+        _mm512_setzero_si512(),
+        load_512,
+        |word: u32| _mm512_set1_epi32(word as i32),
+        |sum, row, weights| _mm512_dpbusd_epi32(sum, row, weights)
+    );
+    tile_loop!(
+        fp32_avx512,
+        "avx512f",
+        12,
+        16,
+        _mm512_setzero_ps(),
+        |words| _mm512_castsi512_ps(load_512(words)),
+        |word| _mm512_set1_ps(f32::from_bits(word)),
+        |sum, row, weights| _mm512_fmadd_ps(row, weights, sum)
+    );
+    tile_loop!(
+        bf16_avx512,
+        "avx512f,avx512bf16",
+        12,
+        16,
+        _mm512_setzero_ps(),
+        |words| bf16(load_512(words)),
+        |word: u32| bf16(_mm512_set1_epi32(word as i32)),
+        |sum, row, weights| _mm512_dpbf16_ps(sum, row, weights)
+    );
+
+    #[target_feature(enable = "avx2")]
+    fn load_256(words: &[u32; 8]) -> __m256i {
+        // SAFETY: the load covers the eight words and needs no alignment.
+        unsafe { _mm256_loadu_si256(words.as_ptr().cast()) }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn load_512(words: &[u32; 16]) -> __m512i {
+        // SAFETY: the load covers the sixteen words and needs no alignment.
+        unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn bf16(bits: __m512i) -> __m512bh {
+        // SAFETY: both types are 512 bits of any pattern.
+        unsafe { std::mem::transmute(bits) }
+    }
+}
