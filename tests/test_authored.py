@@ -160,20 +160,20 @@ def _eight_words(text: str) -> str:
     return " ".join(text.lower().split()[:8])
 
 
-def test_clean_document_closes_every_place() -> None:
+def test_a_document_closes_every_place() -> None:
     document = Document(CARRIERS["prose"], "\ue000\nOne.\ue000 Two.\n\ue000\nThree.")
-    assert document.clean() == "One. Two.\nThree."
+    assert document.fill({}) == "One. Two.\nThree."
 
 
 def test_insertions_keep_their_order() -> None:
     document = Document(CARRIERS["csv"], "a\ue000,b\ue000,c\ue000")
-    text = document.with_insertions(["first", "second"], phrases(), Dice("x"))
+    text = document.fill(document.place(["first", "second"], phrases(), Dice("x")))
     assert text.index("first") < text.index("second")
 
 
 def test_insertions_are_escaped_in_quoted_carriers() -> None:
     document = Document(CARRIERS["json"], '{"text": "Hello.\ue000"}')
-    text = document.with_insertions(['Say "no"\nnow'], phrases(), Dice("x"))
+    text = document.fill(document.place(['Say "no"\nnow'], phrases(), Dice("x")))
     assert json.loads(text) == {"text": 'Hello. Say "no"\nnow'}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .dice import Dice
 from .disguise import CIPHERS, register
-from .documents import CARRIERS, Carrier, write
+from .documents import CARRIERS, Carrier, Document, write
 from .grammar import Grammar, bind
 from .phrases import LANGUAGES
 from .rows import Draft, Kind
@@ -126,11 +126,24 @@ def _pair(
     carrier: Carrier, family: str, parts: list[str], grammar: Grammar, dice: Dice
 ) -> list[Draft]:
     document = write(carrier, grammar, dice)
-    injected = document.with_insertions(parts, grammar, dice)
+    clean, injected = _with_and_without(document, parts, grammar, dice)
     return [
-        Draft(document.clean(), "benign", "document", "document", carrier=carrier.name),
+        Draft(clean, "benign", "document", "document", carrier=carrier.name),
         Draft(injected, "indirect_injection", family, "document", carrier=carrier.name),
     ]
+
+
+def _with_and_without(
+    document: Document, parts: list[str], grammar: Grammar, dice: Dice
+) -> tuple[str, str]:
+    """The document without and with the attack; both may hold the same harmless aside."""
+    if document.places <= len(parts) or not dice.chance(0.3):
+        return document.fill({}), document.fill(document.place(parts, grammar, dice))
+    number = dice.between(0, len(parts))
+    texts = [*parts[:number], grammar.draw("aside", dice), *parts[number:]]
+    fillings = document.place(texts, grammar, dice)
+    aside_place = sorted(fillings)[number]
+    return document.fill({aside_place: fillings[aside_place]}), document.fill(fillings)
 
 
 def slipped(grammar: Grammar, dice: Dice) -> list[Draft]:
@@ -144,10 +157,10 @@ def attack_in_paste(grammar: Grammar, dice: Dice) -> list[Draft]:
     carrier = CARRIERS[dice.pick(["email", "page", "forum", "review", "prose", "ticket", "pdf"])]
     document = write(carrier, grammar, dice)
     family = dice.weighted({"instruction_override": 3, "fake_turn": 1, "fresh_start": 2})
-    injected = document.with_insertions([attack(family, grammar, dice)], grammar, dice)
+    texts = _with_and_without(document, [attack(family, grammar, dice)], grammar, dice)
     request = grammar.draw("paste.request", dice)
     frame = grammar.draw("paste.layout", dice, bind(instruction=request, pasted=_PASTED))
-    clean, dirty = (frame.replace(_PASTED, text) for text in (document.clean(), injected))
+    clean, dirty = (frame.replace(_PASTED, text) for text in texts)
     return [
         Draft(clean, "benign", "pasted_text", "user", carrier=carrier.name),
         Draft(dirty, "indirect_injection", family, "user", carrier=carrier.name),

@@ -31,7 +31,7 @@ def section(
 def documents(grammar: Grammar, dice: Dice) -> list[Draft]:
     """A document of any kind with nothing slipped in."""
     carrier = CARRIERS[dice.pick(sorted(CARRIERS))]
-    text = write(carrier, grammar, dice).clean()
+    text = write(carrier, grammar, dice).fill({})
     return [Draft(text, "benign", "document", "document", carrier=carrier.name)]
 
 
@@ -41,13 +41,13 @@ def technical(grammar: Grammar, dice: Dice) -> list[Draft]:
         text = grammar.draw(dice.pick(["code", "code.more"]), dice)
         return [Draft(text, "benign", "code", "document")]
     carrier = CARRIERS[dice.pick(_TECHNICAL)]
-    text = write(carrier, grammar, dice).clean()
+    text = write(carrier, grammar, dice).fill({})
     return [Draft(text, "benign", "code", "document", carrier=carrier.name)]
 
 
 def prose(grammar: Grammar, dice: Dice) -> list[Draft]:
     """An article without a trace of mark-up."""
-    text = write(CARRIERS["prose"], grammar, dice).clean()
+    text = write(CARRIERS["prose"], grammar, dice).fill({})
     return [Draft(text, "benign", "document", "document", carrier="prose")]
 
 
@@ -59,7 +59,8 @@ def asides(grammar: Grammar, dice: Dice) -> list[Draft]:
     """
     carrier = CARRIERS[dice.pick(sorted(CARRIERS))]
     texts = [register(grammar.draw("aside", dice), dice) for _ in range(dice.between(1, 2))]
-    text = write(carrier, grammar, dice).with_insertions(texts, grammar, dice)
+    document = write(carrier, grammar, dice)
+    text = document.fill(document.place(texts, grammar, dice))
     return [Draft(text, "hard_benign", "human_aside", "document", carrier=carrier.name)]
 
 
@@ -67,7 +68,8 @@ def pasted(grammar: Grammar, dice: Dice) -> list[Draft]:
     """A request about a pasted document, with or without an aside in it."""
     carrier = CARRIERS[dice.pick(sorted(CARRIERS))]
     texts = [grammar.draw("aside", dice)] if dice.chance(0.4) else []
-    text = write(carrier, grammar, dice).with_insertions(texts, grammar, dice)
+    document = write(carrier, grammar, dice)
+    text = document.fill(document.place(texts, grammar, dice))
     request = grammar.draw("paste.request", dice)
     layout = grammar.draw("paste.layout", dice, bind(instruction=request, pasted=text))
     return [Draft(layout, "benign", "pasted_text", "user", carrier=carrier.name)]

@@ -8,7 +8,6 @@ without the insertion makes a pair.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .dice import Dice
@@ -82,6 +81,11 @@ CARRIERS: dict[str, Carrier] = {
         Carrier("slides", "bullet", one_line=True),
         Carrier("rss", "html"),
         Carrier("prose"),
+        Carrier("recipe"),
+        Carrier("manual", "bullet", one_line=True),
+        Carrier("todo", "bullet", one_line=True),
+        Carrier("exam"),
+        Carrier("notice"),
     )
 }
 
@@ -93,47 +97,60 @@ class Document:
     carrier: Carrier
     marked: str
 
-    def clean(self) -> str:
-        """The document with nothing slipped in."""
-        return self._fill({}, lambda text: text)
+    @property
+    def places(self) -> int:
+        """How many insertions it has room for."""
+        return self.marked.count(_HERE)
 
-    def with_insertions(self, texts: list[str], grammar: Grammar, dice: Dice) -> str:
-        """The document with each text at another place, in the order given.
+    def place(self, texts: list[str], grammar: Grammar, dice: Dice) -> dict[int, str]:
+        """Gives each text a place of its own, in the order given, and dresses it for that place.
 
         Where there are fewer places than texts, the texts are joined.
         """
-        places = self.marked.count(_HERE)
-        if places < len(texts):
+        if self.places < len(texts):
             texts = [" ".join(texts)]
-        chosen = sorted(dice.sample(range(places), len(texts)))
-        fitted = [self._fit(text) for text in texts]
-        wrapper = f"wrap.{self.carrier.wrapper}"
-        return self._fill(
-            dict(zip(chosen, fitted, strict=True)),
-            lambda text: grammar.draw(wrapper, dice, bind(payload=text)),
-        )
+        alone = self._places_alone()
+        placed = {}
+        for place, text in zip(self._choose(len(texts), dice), texts, strict=True):
+            placed[place] = self._fit(text)
+            if place in alone:
+                scope = bind(payload=placed[place])
+                placed[place] = grammar.draw(f"wrap.{self.carrier.wrapper}", dice, scope)
+        return placed
+
+    def fill(self, fillings: dict[int, str]) -> str:
+        """The document with these texts in its places and all other places closed."""
+        place, lines = 0, list[str]()
+        for line in self.marked.split("\n"):
+            if line.strip() == _HERE:
+                if place in fillings:
+                    lines.append(line.replace(_HERE, fillings[place]))
+                place += 1
+                continue
+            filled, *rest = line.split(_HERE)
+            for piece in rest:
+                filled += f" {fillings[place]}{piece}" if place in fillings else piece
+                place += 1
+            lines.append(filled)
+        return _tidy("\n".join(lines))
+
+    def _choose(self, count: int, dice: Dice) -> list[int]:
+        return sorted(dice.sample(range(self.places), count))
+
+    def _places_alone(self) -> set[int]:
+        """Numbers of the places that stand on a line of their own."""
+        place, alone = 0, set[int]()
+        for line in self.marked.split("\n"):
+            if line.strip() == _HERE:
+                alone.add(place)
+            place += line.count(_HERE)
+        return alone
 
     def _fit(self, text: str) -> str:
         """`text` as it may stand in this carrier."""
         if self.carrier.one_line:
             text = " ".join(text.split())
         return json.dumps(text, ensure_ascii=False)[1:-1] if self.carrier.quoted else text
-
-    def _fill(self, fillings: dict[int, str], wrap: Callable[[str], str]) -> str:
-        """Puts texts into the places with these numbers and removes all other places."""
-        place, lines = 0, list[str]()
-        for line in self.marked.split("\n"):
-            pieces = line.split(_HERE)
-            if line.strip() == _HERE:
-                if place in fillings:
-                    lines.append(line.replace(_HERE, wrap(fillings[place])))
-            else:
-                after = [
-                    f" {fillings[i]}" if i in fillings else "" for i in _numbers(place, pieces)
-                ]
-                lines.append("".join(map("".join, zip(pieces, [*after, ""], strict=True))))
-            place += len(pieces) - 1
-        return _tidy("\n".join(lines))
 
 
 def write(carrier: Carrier, grammar: Grammar, dice: Dice) -> Document:
@@ -154,11 +171,6 @@ def write(carrier: Carrier, grammar: Grammar, dice: Dice) -> Document:
         para=paragraphs,
     )
     return Document(carrier, grammar.draw(f"carrier.{carrier.name}", dice, scope))
-
-
-def _numbers(first: int, pieces: list[str]) -> range:
-    """The numbers of the places between the pieces of a line."""
-    return range(first, first + len(pieces) - 1)
 
 
 def _tidy(text: str) -> str:

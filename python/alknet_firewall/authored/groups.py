@@ -37,6 +37,7 @@ _WEB = ["html", "page", "shop", "search", "rss", "subtitle"]
 _PUBLIC = ["review", "forum", "social", "listing", "shop"]
 _TOOLS = ["json", "yaml", "csv", "sql", "ticket", "search"]
 _CODE = ["issue", "python", "csource", "log", "readme", "config"]
+_HOUSEHOLD = ["recipe", "manual", "todo", "exam", "notice"]
 _OFFICE = ["resume", "minutes", "invoice", "contract", "pdf", "medical", "slides"]
 
 _ATTACKS = (
@@ -48,6 +49,7 @@ _ATTACKS = (
     Group("tool_injections", 2.0, attacks.attack_in_document(_TOOLS)),
     Group("code_injections", 2.0, attacks.attack_in_document(_CODE)),
     Group("office_injections", 2.0, attacks.attack_in_document(_OFFICE)),
+    Group("household_injections", 1.0, attacks.attack_in_document(_HOUSEHOLD)),
     Group("pasted_injections", 1.0, attacks.attack_in_paste),
     Group("foreign_injections", 1.5, attacks.foreign),
     Group("ciphers", 0.5, attacks.disguised),
