@@ -73,7 +73,7 @@ fn default_hidden_act() -> String {
 
 /// `rope_scaling` of `config.json`; older files call the kind `type`, newer ones `rope_type`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "rope_type", rename_all = "lowercase")]
+#[serde(tag = "rope_type", rename_all = "lowercase", deny_unknown_fields)]
 pub enum RopeScaling {
     /// No scaling.
     Default,
@@ -116,6 +116,32 @@ pub enum RopeScaling {
         #[serde(default)]
         attention_factor: Option<f64>,
     },
+}
+
+impl RopeScaling {
+    /// Refuses numbers for which the formulas make no sense.
+    fn validate(&self) -> std::result::Result<(), String> {
+        match *self {
+            Self::Default => {}
+            Self::Linear { factor }
+            | Self::Dynamic { factor }
+            | Self::Llama3 { factor, .. }
+            | Self::Yarn { factor, .. } => {
+                if !(factor.is_finite() && factor > 0.0) {
+                    return Err(format!("rope_scaling has factor {factor}; it must be positive"));
+                }
+            }
+        }
+        match *self {
+            Self::Llama3 { low_freq_factor: low, high_freq_factor: high, .. } if low >= high => {
+                Err(format!(
+                    "rope_scaling has low_freq_factor {low} and high_freq_factor {high}; \
+                     the first must be below the second"
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 fn default_beta_fast() -> f64 {
@@ -274,6 +300,7 @@ impl LlamaConfig {
                 self.rms_norm_eps, self.rope_theta
             ));
         }
+        self.rope_scaling.as_ref().map_or(Ok(()), RopeScaling::validate)?;
         let frequencies = self.rotary_frequencies();
         if !frequencies.inv_freq.iter().all(|&f| positive(f))
             || !positive(frequencies.attention_factor)
@@ -344,11 +371,11 @@ impl LlamaConfig {
 fn rename_rope_type(json: &mut serde_json::Value) {
     let Some(root) = json.as_object_mut() else { return };
     // Transformers 5 nests the base as well: {"rope_parameters": {"rope_theta", "rope_type", …}}.
-    if let Some(parameters) = root.remove("rope_parameters").filter(serde_json::Value::is_object) {
-        if let Some(theta) = parameters.get("rope_theta") {
-            root.insert("rope_theta".into(), theta.clone());
+    if let Some(serde_json::Value::Object(mut parameters)) = root.remove("rope_parameters") {
+        if let Some(theta) = parameters.remove("rope_theta") {
+            root.insert("rope_theta".into(), theta);
         }
-        root.insert("rope_scaling".into(), parameters);
+        root.insert("rope_scaling".into(), parameters.into());
     }
     if let Some(scaling) = root.get_mut("rope_scaling").and_then(serde_json::Value::as_object_mut) {
         if let Some(kind) = scaling.remove("type") {

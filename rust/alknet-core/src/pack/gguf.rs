@@ -143,7 +143,7 @@ fn place(
     file: usize,
 ) -> Result<()> {
     let data = header.next_multiple_of(alignment);
-    for (name, tensor) in tensors {
+    for (name, tensor) in &mut *tensors {
         let range = data
             .checked_add(tensor.bytes.start)
             .and_then(|start| Some(start..start.checked_add(tensor.bytes.len())?))
@@ -153,7 +153,15 @@ fn place(
             })?;
         tensor.bytes = range;
     }
-    Ok(())
+    refuse_overlaps(tensors)
+}
+
+/// Every byte belongs to one tensor at most.
+fn refuse_overlaps(tensors: &BTreeMap<&str, Tensor>) -> Result<()> {
+    let mut sorted: Vec<_> = tensors.iter().collect();
+    sorted.sort_by_key(|(_, tensor)| tensor.bytes.start);
+    let overlap = sorted.windows(2).find(|pair| pair[0].1.bytes.end > pair[1].1.bytes.start);
+    overlap.map_or(Ok(()), |pair| Err(format!("has tensor {:?} inside {:?}", pair[1].0, pair[0].0)))
 }
 
 /// A cursor that never passes the end.

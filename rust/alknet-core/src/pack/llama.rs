@@ -10,6 +10,7 @@ use super::{
 use crate::model::{
     LlamaConfig,
     config::{BlockTensor, RopeScaling},
+    weights::Format,
 };
 
 type Result<T> = std::result::Result<T, String>;
@@ -159,12 +160,14 @@ fn gguf_name(name: &str) -> String {
 /// Directory entry of `name`, which must be `[rows, cols]`.
 fn expect<'g>(gguf: &'g Gguf<'_>, name: &str, rows: usize, cols: usize) -> Result<&'g Tensor> {
     let tensor = gguf.tensors.get(name).ok_or_else(|| format!("has no tensor {name:?}"))?;
-    // A bias is one row here and one column in the order of its matrix's rows.
     if (tensor.rows, tensor.cols) != (rows, cols) {
         return Err(format!(
             "tensor {name:?} is {} x {}, its metadata say {rows} x {cols}",
             tensor.rows, tensor.cols
         ));
+    }
+    if rows == 1 && matches!(tensor.format, Format::Ggml(_)) {
+        return Err(format!("tensor {name:?} is a quantised vector; only matrices may be"));
     }
     Ok(tensor)
 }
