@@ -91,6 +91,11 @@ _ATTACKS = (
 
 _BENIGN = (
     Group("requests", 2.0, benign.section("request", "request", "user", typed=True)),
+    Group(
+        "near_requests",
+        1.5,
+        benign.section("near", "near_request", "user", "hard_benign", typed=True),
+    ),
     Group("pasted_requests", 1.0, benign.pasted),
     Group("role_prompts", 1.0, benign.section("role.system", "role_prompt", "user", "hard_benign")),
     Group(
