@@ -19,7 +19,10 @@ __all__ = ["CARRIERS", "Carrier", "Document", "write"]
 _HERE = "\ue000"
 
 # How many paragraphs a body has: mostly few, now and then some 1500 tokens.
-_BODY_LENGTHS = {1: 5.0, 2: 5.0, 3: 4.0, 5: 3.0, 9: 1.5, 26: 1.0}
+_BODY_LENGTHS = {1: 4.0, 2: 4.0, 3: 4.0, 5: 4.0, 9: 2.5, 16: 1.2, 26: 0.6}
+
+# How many documents of a kind stand one after the other, as in an inbox or a list of hits.
+_BUNDLE_SIZES = {1: 16.0, 2: 3.0, 4: 1.5, 9: 0.7}
 
 
 @dataclass(frozen=True)
@@ -154,23 +157,30 @@ class Document:
 
 
 def write(carrier: Carrier, grammar: Grammar, dice: Dice) -> Document:
-    """A new document of the given kind on a topic drawn at random."""
+    """A new document of the given kind, or several of them in one, as in an inbox."""
+    count = dice.weighted(_BUNDLE_SIZES)
+    return Document(carrier, "\n\n".join(_one(carrier, grammar, dice) for _ in range(count)))
+
+
+def _one(carrier: Carrier, grammar: Grammar, dice: Dice) -> str:
+    """One document on a topic drawn at random, its places open."""
     topics = dice.sample(grammar.names("topic."), 8)
     paragraphs = [
         paragraph
         for topic in topics
-        for paragraph in grammar.draw_several(topic, dice.between(3, 8), dice, bind())
+        for paragraph in grammar.draw_several(topic, dice.between(3, 5), dice, bind())
     ]
     paragraphs = list(dict.fromkeys(paragraphs))
     length = dice.weighted(_BODY_LENGTHS)
+    body = "".join(f"{text}{_HERE}\n\n{_HERE}\n\n" for text in paragraphs[:length])
     scope = bind(
         here=_HERE,
         title=grammar.draw(topics[0].replace("topic.", "title."), dice),
-        body="".join(f"{text}{_HERE}\n\n{_HERE}\n\n" for text in paragraphs[:length]).rstrip(),
+        body=body.rstrip(),
         # A body and single paragraphs never occur together.
         para=paragraphs,
     )
-    return Document(carrier, grammar.draw(f"carrier.{carrier.name}", dice, scope))
+    return grammar.draw(f"carrier.{carrier.name}", dice, scope)
 
 
 def _tidy(text: str) -> str:

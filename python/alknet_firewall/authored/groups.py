@@ -126,7 +126,7 @@ _BENIGN = (
     Group("chatter", 0.6, benign.section("chatter", "chatter", "user", typed=True)),
     Group("documents", 1.0, benign.documents),
     Group("prose", 0.5, benign.prose),
-    Group("foreign_texts", 1.5, benign.foreign),
+    Group("foreign_texts", 2.0, benign.foreign),
 )
 
 GROUPS: tuple[Group, ...] = _ATTACKS + _BENIGN
