@@ -1,29 +1,31 @@
 """Write the golden files beside this script with PyTorch and Transformers.
 
-The Rust tests compare our engines with these numbers, so nothing of ours is imported here. Run it in an
-environment of its own (``pip install torch transformers gguf safetensors``)::
+The Rust tests compare our engines with these numbers, so nothing of ours is imported here. Run it
+in an environment of its own (``pip install torch transformers gguf safetensors``)::
 
-    python tests/golden/make_golden.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --tokenizer tokenizer.json
+    python tests/golden/make_golden.py --gguf model.Q4_1.gguf --tokenizer tokenizer.json
 
-``--gguf`` is the file that the shipped detector is packed from, ``--tokenizer`` the ``tokenizer.json``
-that is published with the model. Without them only the tiny models and the rotary tables are written.
+``--gguf`` is the file that the shipped detector is packed from, ``--tokenizer`` the
+``tokenizer.json`` that is published with the model. Without them only the tiny models and the
+rotary tables are written.
 
 Written files
 -------------
 tiny-tokenizer.json
     Byte-level BPE in the manner of SmolLM2: 264 tokens, none for the byte 0x04.
 tiny/, tiny-biased/
-    Random Llamas with their activations at every site. The second one has biases, bf16 weights, heads
-    wider than ``hidden_size / num_attention_heads``, and Llama 3 rotary scaling.
+    Random Llamas with their activations at every site. The second one has biases, bf16 weights,
+    heads wider than ``hidden_size / num_attention_heads``, and Llama 3 rotary scaling.
 rope.json
     Rotary frequencies of every scaling kind.
 smollm2.json, smollm2.safetensors
-    For every text of ``texts.json``: ``input_ids`` by the published tokenizer, and activations of the
-    real model after ``<|endoftext|>``: norms of all rows, and three whole rows, at five layers.
+    For every text of ``texts.json``: ``input_ids`` by the published tokenizer, and activations of
+    the real model after ``<|endoftext|>``: norms of all rows, three whole rows, at five layers.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 HERE = Path(__file__).parent
+Output = torch.Tensor | tuple[torch.Tensor, ...]
+
 SMOLLM2_LAYERS = (0, 3, 6, 10, 14)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), ("Ã", "©")]
@@ -45,9 +49,7 @@ def byte_alphabet() -> list[str]:
     """Character that stands for each byte in byte-level BPE (GPT-2's ``bytes_to_unicode``)."""
     printable = [*range(33, 127), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [
-        chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)
-    ]
+    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
 
 
 def write_tokenizer() -> int:
@@ -55,11 +57,17 @@ def write_tokenizer() -> int:
     alphabet = [char for byte, char in enumerate(byte_alphabet()) if byte != SKIPPED_BYTE]
     tokens = SPECIAL + alphabet + [left + right for left, right in MERGES]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
-            {"id": id, "content": token, **flags, "special": True} for id, token in enumerate(SPECIAL)
+            {"id": id, "content": token, **flags, "special": True}
+            for id, token in enumerate(SPECIAL)
         ],
         "normalizer": None,
         "pre_tokenizer": {
@@ -113,8 +121,8 @@ def captured(model: LlamaForCausalLM, input_ids: list[int]) -> dict[str, np.ndar
     """Activations of every site by name, each ``(seq_len, hidden_size)``."""
     rows: dict[str, np.ndarray] = {}
 
-    def keep(name):
-        def hook(_module, _inputs, output):
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: object, _inputs: object, output: Output) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             rows[name] = tensor.detach().float().reshape(len(input_ids), -1).numpy().copy()
 

@@ -453,7 +453,7 @@ fn weights_that_lie_are_errors() {
 
 /// Spaces that bring the data of a file with this header (and a closing brace) to an odd byte.
 fn pad_to_odd(header: &str) -> &'static str {
-    if header.len() % 2 == 0 { "" } else { " " }
+    if header.len().is_multiple_of(2) { "" } else { " " }
 }
 
 /// The tiny model with one tensor replaced.

@@ -268,13 +268,13 @@ impl LlamaConfig {
                 return Err(format!("{name} is {size}; 1 to {limit} can be loaded"));
             }
         }
-        if self.head_dim() % 2 != 0 {
+        if !self.head_dim().is_multiple_of(2) {
             return Err(format!(
                 "head_dim is {}; rotary embeddings need an even number",
                 self.head_dim()
             ));
         }
-        if self.num_attention_heads % self.num_key_value_heads() != 0 {
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads()) {
             return Err(format!(
                 "num_attention_heads {} is not a multiple of num_key_value_heads {}",
                 self.num_attention_heads,
@@ -377,9 +377,9 @@ fn rename_rope_type(json: &mut serde_json::Value) {
         }
         root.insert("rope_scaling".into(), parameters.into());
     }
-    if let Some(scaling) = root.get_mut("rope_scaling").and_then(serde_json::Value::as_object_mut) {
-        if let Some(kind) = scaling.remove("type") {
-            scaling.entry("rope_type").or_insert(kind);
-        }
+    if let Some(scaling) = root.get_mut("rope_scaling").and_then(serde_json::Value::as_object_mut)
+        && let Some(kind) = scaling.remove("type")
+    {
+        scaling.entry("rope_type").or_insert(kind);
     }
 }

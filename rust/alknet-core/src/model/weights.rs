@@ -38,7 +38,8 @@ impl Format {
         match self {
             Self::F32 => cols.checked_mul(4),
             Self::F16 | Self::Bf16 => cols.checked_mul(2),
-            Self::Ggml(kind) => (cols % kind.block_size() == 0)
+            Self::Ggml(kind) => cols
+                .is_multiple_of(kind.block_size())
                 .then(|| (cols / kind.block_size()).checked_mul(kind.type_size()))
                 .flatten(),
         }
@@ -234,11 +235,11 @@ fn directory(map: &[u8]) -> std::result::Result<BTreeMap<String, TensorInfo>, St
             (Dtype::U8, Some(kind)) => {
                 let kind = ggml_from_name(kind)
                     .ok_or_else(|| format!("tensor {name:?} has unknown block type {kind:?}"))?;
-                if cols % kind.type_size() != 0 {
+                if !cols.is_multiple_of(kind.type_size()) {
                     return Err(format!("tensor {name:?} is no whole number of blocks wide"));
                 }
                 // Blocks hold 16-bit scales, and candle insists on their alignment.
-                if bytes.start % align_of::<f16>() != 0 {
+                if !bytes.start.is_multiple_of(align_of::<f16>()) {
                     return Err(format!("tensor {name:?} starts at the odd byte {}", bytes.start));
                 }
                 (Format::Ggml(kind), cols / kind.type_size() * kind.block_size())
