@@ -5,6 +5,10 @@ fixed part, ``calibration.jsonl.gz``, is shipped with the package; any number of
 from :func:`generate`::
 
     python -m alknet_firewall.authored --out DIR --rows 40000 --seed 0
+
+After a change of the phrases the fixed part is written anew::
+
+    python -m alknet_firewall.authored --shipped
 """
 
 from .generator import generate
