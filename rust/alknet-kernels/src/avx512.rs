@@ -72,6 +72,8 @@ fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
 const TILE_ROWS: usize = 12;
 
 /// [`scalar::matmul`] in tiles of up to 12 rows and 2 panels.
+///
+/// The next two panels are fetched meanwhile: with few rows a product waits for memory otherwise.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(crate) fn matmul(
     x: &QuantizedRows,
@@ -82,24 +84,29 @@ pub(crate) fn matmul(
 ) {
     let columns = panels.len() * LANES;
     let tiles = rows.len().div_ceil(TILE_ROWS);
-    let mut row = rows.start;
-    for tile in 0..tiles {
-        // Tiles of nearly equal height keep more sums in flight than a short last one would.
-        let height = (rows.end - row).div_ceil(tiles - tile);
-        let out = &mut out[(row - rows.start) * columns..][..height * columns];
-        for panel in panels.clone().step_by(2) {
-            let out = &mut out[(panel - panels.start) * LANES..];
-            if panel + 1 < panels.end {
-                tile_of_height::<2>(height, x, row, w, panel, out, columns);
-            } else {
-                tile_of_height::<1>(height, x, row, w, panel, out, columns);
-            }
+    for panel in panels.clone().step_by(2) {
+        let mut fetch = w.panel_range(panel..panels.end);
+        if panel + 2 < panels.end {
+            fetch = w.panel_range(panel + 2..panels.end);
         }
-        row += height;
+        let mut row = rows.start;
+        for tile in 0..tiles {
+            // Tiles of nearly equal height keep more sums in flight than a short last one would.
+            let height = (rows.end - row).div_ceil(tiles - tile);
+            let first = (row - rows.start) * columns + (panel - panels.start) * LANES;
+            let out = &mut out[first..];
+            if panel + 1 < panels.end {
+                tile_of_height::<2>(height, x, row, w, panel, fetch, out, columns);
+            } else {
+                tile_of_height::<1>(height, x, row, w, panel, fetch, out, columns);
+            }
+            row += height;
+        }
     }
 }
 
 /// Calls [`tile`] with a constant height.
+#[expect(clippy::too_many_arguments, reason = "what `tile` needs")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn tile_of_height<const P: usize>(
@@ -108,13 +115,14 @@ fn tile_of_height<const P: usize>(
     row: usize,
     w: &PackedMatrix,
     panel: usize,
+    fetch: &[u8],
     out: &mut [f32],
     columns: usize,
 ) {
     macro_rules! call {
         ($($rows:literal)*) => {
             match height {
-                $($rows => tile::<$rows, P>(x, row, w, panel, out, columns),)*
+                $($rows => tile::<$rows, P>(x, row, w, panel, fetch, out, columns),)*
                 _ => unreachable!("tiles have 1 to {TILE_ROWS} rows"),
             }
         };
@@ -122,13 +130,14 @@ fn tile_of_height<const P: usize>(
     call!(1 2 3 4 5 6 7 8 9 10 11 12)
 }
 
-/// `R` rows by `P` panels, `columns` numbers from one row of `out` to the next.
+/// `R` rows by `P` panels, `columns` numbers from one row of `out` to the next; `fetch` is read soon.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn tile<const R: usize, const P: usize>(
     x: &QuantizedRows,
     row: usize,
     w: &PackedMatrix,
     panel: usize,
+    fetch: &[u8],
     out: &mut [f32],
     columns: usize,
 ) {
@@ -144,6 +153,12 @@ fn tile<const R: usize, const P: usize>(
         for (p, weights) in weights.iter_mut().enumerate() {
             // SAFETY: panel `p` has 16 · stride bytes, and k ≤ stride − 4.
             *weights = unsafe { _mm512_loadu_si512(bytes.add((p * stride + k) * LANES).cast()) };
+            let fetch = fetch.as_ptr().wrapping_add((p * stride + k) * LANES);
+            // SAFETY: a prefetch of any address is harmless.
+            #[allow(unused_unsafe, reason = "prefetching is unsafe in older compilers")]
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(fetch.cast())
+            };
         }
         for (r, sums) in sums.iter_mut().enumerate() {
             // SAFETY: row `r` has `stride` bytes, and k ≤ stride − 4.

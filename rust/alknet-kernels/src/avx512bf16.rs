@@ -147,12 +147,13 @@ fn pair_rows(x: &[f32], y: &[f32], out: &mut [u32]) {
     }
 }
 
-attention_product!(
-    bf16_product,
-    bf16_tile,
-    u32,
-    "avx512f,avx512bf16",
-    |sum, a: __m512, b: __m512| {
-        _mm512_dpbf16_ps(sum, std::mem::transmute(a), std::mem::transmute(b))
-    }
-);
+/// `sum + a · b` over pairs; the two operands are words of such pairs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn multiply_add(sum: __m512, a: __m512, b: __m512) -> __m512 {
+    // SAFETY: registers of 512 bits, any pattern of which is a row of bf16 numbers.
+    let pairs = |x| unsafe { std::mem::transmute::<__m512, __m512bh>(x) };
+    _mm512_dpbf16_ps(sum, pairs(a), pairs(b))
+}
+
+attention_product!(bf16_product, bf16_tile, u32, "avx512f,avx512bf16", multiply_add);

@@ -39,6 +39,8 @@ mod pack;
 mod pool;
 mod rows;
 mod scalar;
+#[cfg(test)]
+mod tests;
 
 pub use isa::{Isa, UnknownIsa, UnsupportedIsa};
 pub use ops::{Engine, Heads, Pass, Segment};

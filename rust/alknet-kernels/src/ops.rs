@@ -15,8 +15,8 @@ use crate::{
 /// Rows of one product between two visits of the epilogue: its tile stays in the first-level cache.
 const ROW_BLOCK: usize = 48;
 
-/// Panels of one task of a product: 32 outputs.
-const TASK_PANELS: usize = 2;
+/// Panels that are computed together: 32 outputs.
+const PANEL_PAIR: usize = 2;
 
 /// Tasks per thread below which a product is split over rows as well.
 const MIN_TASKS_PER_THREAD: usize = 4;
@@ -198,19 +198,24 @@ impl Pass {
 
     /// Computes `x · Wᵀ + bias` tile by tile; `finish(rows, panels, tile)` is called for each.
     ///
+    /// Tasks begin at multiples of `unit` panels and hold whole units.
+    ///
     /// # Shapes
     /// - `tile`: `[rows, panels · 16]`
     fn for_tiles(
         &self,
         x: &QuantizedRows,
         w: &PackedMatrix,
-        task_panels: usize,
+        unit: usize,
         finish: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
     ) {
+        let tasks = MIN_TASKS_PER_THREAD * self.turn.threads();
+        // Few rows: long runs of panels, which can be fetched ahead. Many: tiles that stay in cache.
+        let few = x.rows() <= ROW_BLOCK;
+        let units = if few { (w.panels() / unit / tasks).max(1) } else { 1 };
+        let task_panels = units * unit;
         let column_tasks = w.panels().div_ceil(task_panels);
-        let row_tasks = (MIN_TASKS_PER_THREAD * self.turn.threads())
-            .div_ceil(column_tasks)
-            .min(x.rows().div_ceil(ROW_BLOCK));
+        let row_tasks = tasks.div_ceil(column_tasks).min(x.rows().div_ceil(ROW_BLOCK));
         let task_rows = x.rows().div_ceil(row_tasks.max(1)).max(1);
         self.turn.for_each(column_tasks * x.rows().div_ceil(task_rows), |task| {
             let (row_task, column_task) = (task / column_tasks, task % column_tasks);
@@ -239,7 +244,7 @@ impl Pass {
         out: &mut [f32],
     ) {
         let out = Shared::new(out);
-        self.for_tiles(x, w, TASK_PANELS, |rows, panels, tile| {
+        self.for_tiles(x, w, PANEL_PAIR, |rows, panels, tile| {
             let first = panels.start * LANES;
             let len = (panels.end * LANES).min(width) - first;
             for (row, tile) in rows.zip(tile.chunks_exact(panels.len() * LANES)) {
@@ -262,11 +267,13 @@ impl Pass {
         let out = Shared::new(out);
         self.for_tiles(x, w, 2, |rows, panels, tile| {
             self.kernels.silu_mul(tile);
-            let first = panels.start / 2 * LANES;
-            let len = (first + LANES).min(width) - first;
-            for (row, tile) in rows.zip(tile.chunks_exact(2 * LANES)) {
-                // SAFETY: every tile of the output belongs to one task.
-                scalar::copy(&tile[..len], unsafe { out.range(row * width + first, len) });
+            for (row, tile) in rows.zip(tile.chunks_exact(panels.len() * LANES)) {
+                let firsts = (panels.start / 2 * LANES..width).step_by(LANES);
+                for (first, tile) in firsts.zip(tile.chunks_exact(2 * LANES)) {
+                    let len = LANES.min(width - first);
+                    // SAFETY: every tile of the output belongs to one task.
+                    scalar::copy(&tile[..len], unsafe { out.range(row * width + first, len) });
+                }
             }
         });
     }
@@ -289,18 +296,20 @@ impl Pass {
         let query_scale = 1.0 / (heads.head_dim as f32).sqrt();
         let out = Shared::new(out);
         self.for_tiles(x, w, padded / LANES, |rows, panels, tile| {
-            let head = panels.start * LANES / padded;
-            for (row, tile) in rows.zip(tile.chunks_exact_mut(padded)) {
-                let numbers = &mut tile[..dim];
+            let first = panels.start * LANES / padded;
+            for (row, tile) in rows.zip(tile.chunks_exact_mut(panels.len() * LANES)) {
                 let (cos, sin) = angles[row * dim..][..dim].split_at(dim / 2);
-                if head < heads.num_attention_heads {
-                    scalar::rope(numbers, cos, sin, query_scale);
-                } else if head < heads.num_attention_heads + heads.num_key_value_heads {
-                    scalar::rope(numbers, cos, sin, 1.0);
+                for (head, numbers) in (first..).zip(tile.chunks_exact_mut(padded)) {
+                    let numbers = &mut numbers[..dim];
+                    if head < heads.num_attention_heads {
+                        scalar::rope(numbers, cos, sin, query_scale);
+                    } else if head < heads.num_attention_heads + heads.num_key_value_heads {
+                        scalar::rope(numbers, cos, sin, 1.0);
+                    }
+                    let start = row * heads.qkv_width() + head * dim;
+                    // SAFETY: every head of a row belongs to one task.
+                    scalar::copy(numbers, unsafe { out.range(start, dim) });
                 }
-                let start = row * heads.qkv_width() + head * dim;
-                // SAFETY: every head of a row belongs to one task.
-                scalar::copy(numbers, unsafe { out.range(start, dim) });
             }
         });
     }

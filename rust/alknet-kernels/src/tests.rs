@@ -1,0 +1,304 @@
+//! Every kernel of every instruction set against the scalar one, and the scalar ones against formulas.
+
+use proptest::prelude::*;
+
+use crate::{
+    Engine, Heads, Isa, MatrixSource, PackedMatrix, QuantizedRows, Segment,
+    attention::AttentionTask,
+    dispatch::Kernels,
+    padded_outputs,
+    scalar::{LANES, exp, hadamard, hadamard_block, transpose},
+};
+
+fn kernels(isa: Isa) -> &'static Kernels {
+    Kernels::of(Some(isa)).unwrap()
+}
+
+/// Instruction sets of this CPU other than the specification.
+fn vector_isas() -> impl Iterator<Item = Isa> {
+    Isa::available().filter(|isa| *isa != Isa::Scalar)
+}
+
+/// Uniform numbers in [−1, 1) of a generator of Knuth's (MMIX).
+fn noise(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn pack(engine: &Engine, outputs: usize, inputs: usize, weights: &[f32]) -> PackedMatrix {
+    let widen = Box::new(move |row: usize, out: &mut [f32]| {
+        if row < outputs {
+            out.copy_from_slice(&weights[row * inputs..][..inputs]);
+        }
+        Ok::<(), std::convert::Infallible>(())
+    });
+    let bias = noise(9, outputs);
+    let outputs = padded_outputs(outputs);
+    engine.pass().pack(vec![MatrixSource { outputs, inputs, widen, bias }]).unwrap().remove(0)
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn exponential_is_within_two_units_in_the_last_place() {
+    for i in -8_700_000..=8_700_000i32 {
+        let x = i as f32 * 1e-5;
+        let (found, expected) = (f64::from(exp(x)), f64::from(x).exp());
+        assert!((found - expected).abs() <= 2.0 * f64::from(f32::EPSILON) * expected, "e^{x}");
+    }
+    assert_eq!(exp(0.0), 1.0);
+    assert_eq!(exp(f32::NEG_INFINITY), exp(-87.0));
+    assert!(exp(f32::NAN).is_nan());
+}
+
+#[test]
+fn rotating_twice_multiplies_by_the_block_size() {
+    for block in [1, 2, 8, 64] {
+        let x = noise(1, 3 * block);
+        let mut twice = x.clone();
+        hadamard(&mut twice, block);
+        hadamard(&mut twice, block);
+        for (twice, x) in twice.iter().zip(x) {
+            assert!((twice / block as f32 - x).abs() < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn a_number_that_is_not_finite_makes_the_whole_row_nan() {
+    let engine = Engine::new(Some(Isa::Scalar), Some(1)).unwrap();
+    let w = pack(&engine, 5, 70, &noise(3, 5 * 70));
+    for isa in Isa::available() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = noise(2, 3 * 70);
+            x[70 + 33] = bad;
+            let engine = Engine::new(Some(isa), Some(1)).unwrap();
+            let (pass, mut q, mut out) = (engine.pass(), QuantizedRows::default(), [0.0; 15]);
+            pass.quantize(&mut x, 70, &mut q);
+            pass.linear::<false>(&q, &w, 5, &mut out);
+            let nan: Vec<bool> = out.iter().map(|x| x.is_nan()).collect();
+            assert_eq!(nan, [[false; 5], [true; 5], [false; 5]].concat(), "{isa}, {bad}");
+        }
+    }
+}
+
+/// Attention in fp64, `[heads, tokens, head_dim]`.
+fn plain_attention(task: &AttentionTask<'_>) -> Vec<f64> {
+    let dim = task.head_dim;
+    let mut out = Vec::new();
+    for (head, token) in (0..task.heads).flat_map(|h| (0..task.tokens).map(move |t| (h, t))) {
+        let query = &task.queries[token * task.query_stride + head * dim..][..dim];
+        let score = |s: usize| -> f64 {
+            let key = &task.keys[s * task.stride..][..dim];
+            query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>()
+        };
+        let weights: Vec<f64> = (0..=task.first + token).map(|s| score(s).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        out.extend((0..dim).map(|i| {
+            let value = |s: usize| f64::from(task.values[s * task.stride + i]);
+            weights.iter().enumerate().map(|(s, w)| w / total * value(s)).sum::<f64>()
+        }));
+    }
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn rows_are_quantised_to_the_same_bits(width in 1usize..300, seed: u64, filling in 0usize..70) {
+        let x = noise(seed, width);
+        let block = hadamard_block(width);
+        let run = |isa| {
+            let (mut x, mut out) = (x.clone(), vec![1; width + filling]);
+            let (scale, sum) = kernels(isa).rotate_quantize(&mut x, block, &mut out);
+            (bits(&x), out, scale.to_bits(), sum)
+        };
+        let expected = run(Isa::Scalar);
+        prop_assert_eq!(expected.1.iter().map(|q| i32::from(*q)).sum::<i32>(), expected.3);
+        for isa in vector_isas() {
+            prop_assert_eq!(run(isa), expected.clone(), "{}", isa);
+        }
+    }
+
+    #[test]
+    fn norms_and_gates_have_the_same_bits(width in 1usize..300, rows in 1usize..5, seed: u64) {
+        let (x, weight) = (noise(seed, width), noise(!seed, width));
+        let gates = noise(seed ^ 5, rows * 2 * LANES).iter().map(|x| x * 20.0).collect::<Vec<_>>();
+        let run = |isa| {
+            let (mut normed, mut gated) = (vec![0.0; width], gates.clone());
+            kernels(isa).rms_norm(&x, &weight, 1e-5, &mut normed);
+            kernels(isa).silu_mul(&mut gated);
+            (bits(&normed), bits(&gated))
+        };
+        let (expected, _) = run(Isa::Scalar);
+        let mean = x.iter().map(|x| f64::from(x * x)).sum::<f64>() / width as f64;
+        for ((found, x), weight) in expected.iter().zip(&x).zip(&weight) {
+            let exact = f64::from(*x) / (mean + 1e-5).sqrt() * f64::from(*weight);
+            prop_assert!((f64::from(f32::from_bits(*found)) - exact).abs() <= 1e-5 * exact.abs());
+        }
+        for isa in vector_isas() {
+            prop_assert_eq!(run(isa), run(Isa::Scalar), "{}", isa);
+        }
+    }
+
+    #[test]
+    fn products_have_the_same_bits_and_are_near_exact(
+        rows in 1usize..60,
+        outputs in 1usize..90,
+        inputs in 1usize..200,
+        threads in 1usize..4,
+        seed: u64,
+    ) {
+        let (x, weights) = (noise(seed, rows * inputs), noise(!seed, outputs * inputs));
+        let run = |isa| {
+            let engine = Engine::new(Some(isa), Some(threads)).unwrap();
+            let w = pack(&engine, outputs, inputs, &weights);
+            let (pass, mut q) = (engine.pass(), QuantizedRows::default());
+            pass.quantize(&mut x.clone(), inputs, &mut q);
+            let mut out = vec![1.0; rows * outputs];
+            pass.linear::<true>(&q, &w, outputs, &mut out);
+            (out, q, w)
+        };
+        let (expected, q, w) = run(Isa::Scalar);
+        let (block, bias) = (hadamard_block(inputs), noise(9, outputs));
+        for (i, found) in expected.iter().enumerate() {
+            let (row, output) = (i / outputs, i % outputs);
+            let (x, w_row) = (&x[row * inputs..][..inputs], &weights[output * inputs..][..inputs]);
+            let exact: f64 = x.iter().zip(w_row).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+            // Each rotated number is off by at most half a step, of `scale` and `w_scale · block`.
+            let (mut x, mut w_row) = (x.to_vec(), w_row.to_vec());
+            hadamard(&mut x, block);
+            hadamard(&mut w_row, block);
+            let step = f64::from(q.scales[row]);
+            let w_step = f64::from(w.scales(output / LANES)[output % LANES]) * block as f64;
+            let bound: f64 = x
+                .iter()
+                .zip(&w_row)
+                .map(|(x, w)| f64::from(x.abs()) * w_step + f64::from(w.abs()) * step + step * w_step)
+                .sum::<f64>() / 2.0 / block as f64;
+            let error = f64::from(*found) - 1.0 - f64::from(bias[output]) - exact;
+            prop_assert!(error.abs() <= bound * 1.01 + 1e-5, "{error} > {bound}");
+        }
+        for isa in vector_isas() {
+            prop_assert_eq!(bits(&run(isa).0), bits(&expected), "{}", isa);
+        }
+    }
+
+    #[test]
+    fn attention_is_near_exact(
+        heads in 1usize..4,
+        tokens in 1usize..40,
+        first in 0usize..150,
+        pairs in 1usize..12,
+        seed: u64,
+    ) {
+        let (dim, end) = (2 * pairs, first + tokens);
+        let (query_stride, stride) = (heads * dim + 3, dim + 5);
+        let queries = noise(seed, tokens * query_stride);
+        let (keys, values) = (noise(!seed, end * stride), noise(seed ^ 7, end * stride));
+        let task = AttentionTask {
+            heads, first, tokens, head_dim: dim, queries: &queries, query_stride,
+            keys: &keys, values: &values, stride,
+        };
+        let expected = plain_attention(&task);
+        for isa in Isa::available() {
+            let mut out = vec![0.0; heads * tokens * dim];
+            kernels(isa).attention(&task, &mut out);
+            // Scores are sums of `dim` products below 1, values are below 1. A relative error of ε in
+            // both inputs makes scores err by 2ε · dim and weights by twice that (numerator and
+            // sum); rounding weights and values adds 2ε.
+            let epsilon = if isa == Isa::Avx512Bf16 { 1.0 / 256.0 } else { f32::EPSILON };
+            let bound = f64::from(epsilon) * (4.0 * dim as f64 + 2.0) + 1e-5;
+            for (found, expected) in out.iter().zip(&expected) {
+                prop_assert!((f64::from(*found) - expected).abs() <= bound, "{isa}");
+            }
+        }
+    }
+
+    #[test]
+    fn transposing_moves_every_number(rows in 1usize..40, columns in 1usize..40, gap in 0usize..3) {
+        let (stride, out_stride) = (columns + gap, rows + gap);
+        let x = noise(1, rows * stride);
+        let mut expected = vec![0.0; columns * out_stride];
+        transpose(&x, stride, (rows, columns), &mut expected, out_stride);
+        for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
+            prop_assert_eq!(expected[j * out_stride + i], x[i * stride + j]);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if Isa::Avx2.is_available() {
+            let mut out = vec![0.0; columns * out_stride];
+            // SAFETY: AVX2 is available.
+            unsafe { crate::avx2::transpose(&x, stride, (rows, columns), &mut out, out_stride) };
+            prop_assert_eq!(out, expected);
+        }
+    }
+}
+
+#[test]
+fn gate_and_up_alternate_in_panels() {
+    let (inputs, width, rows) = (64, 40, 3);
+    let weights = noise(4, 2 * width * inputs);
+    let engine = Engine::new(None, Some(2)).unwrap();
+    let widen = |i: usize, out: &mut [f32]| {
+        let (row, up) = (i / (2 * LANES) * LANES + i % LANES, i / LANES % 2);
+        if row < width {
+            out.copy_from_slice(&weights[(up * width + row) * inputs..][..inputs]);
+        }
+        Ok::<(), std::convert::Infallible>(())
+    };
+    let outputs = 2 * padded_outputs(width);
+    let source = MatrixSource { outputs, inputs, widen: Box::new(widen), bias: Vec::new() };
+    let pass = engine.pass();
+    let w = pass.pack(vec![source]).unwrap().remove(0);
+    let (mut q, mut out) = (QuantizedRows::default(), vec![0.0; rows * width]);
+    let x = noise(6, rows * inputs);
+    pass.quantize(&mut x.clone(), inputs, &mut q);
+    pass.gate_up(&q, &w, width, &mut out);
+    for (i, found) in out.iter().enumerate() {
+        let dot = |up: usize| -> f32 {
+            let w = &weights[(up * width + i % width) * inputs..][..inputs];
+            x[i / width * inputs..].iter().zip(w).map(|(x, w)| x * w).sum()
+        };
+        let (gate, up) = (dot(0), dot(1));
+        let exact = gate / (1.0 + (-gate).exp()) * up;
+        // Both dots are off by some 0.02 (64 products of numbers below 1, each side 0.5 % off).
+        let bound = 0.05 * (1.0 + gate.abs() + up.abs());
+        assert!((found - exact).abs() < bound, "{found}, exactly {exact}");
+    }
+}
+
+/// Segments of one chunk read their own keys only, and a token's result does not depend on its chunk.
+#[test]
+fn segments_do_not_see_each_other() {
+    let heads = Heads { num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16 };
+    let (rows, first) = (70, 30);
+    let qkv = noise(1, (rows + 5) * heads.qkv_width());
+    let caches: Vec<_> = (2..6).map(|seed| noise(seed, 100 * heads.kv_width())).collect();
+    for isa in Isa::available() {
+        let engine = Engine::new(Some(isa), Some(2)).unwrap();
+        let run = |segments: &[Segment<'_>]| {
+            let mut out = vec![0.0; (rows + 5) * heads.query_width()];
+            engine.pass().attention(heads, segments, &qkv, &mut out);
+            out
+        };
+        let long = |rows: std::ops::Range<usize>| {
+            let first = first + rows.start;
+            Segment { rows, first, keys: &caches[0], values: &caches[1] }
+        };
+        let short = Segment { rows: 70..75, first: 0, keys: &caches[2], values: &caches[3] };
+        let together = run(&[long(0..70), short.clone()]);
+        let apart: Vec<f32> = [run(&[long(0..33)]), run(&[long(33..70)]), run(&[short])]
+            .iter()
+            .fold(vec![0.0; together.len()], |sum, x| {
+                sum.iter().zip(x).map(|(a, b)| a + b).collect()
+            });
+        assert_eq!(together, apart, "{isa}");
+    }
+}
