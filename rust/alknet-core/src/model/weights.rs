@@ -316,3 +316,32 @@ fn widen_q8_0(bytes: &[u8], out: &mut [f32]) {
 fn half_at(block: &[u8], offset: usize) -> f32 {
     f16::from_le_bytes([block[offset], block[offset + 1]]).to_f32()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Blocks of any bytes, but with scales that are finite.
+    fn blocks(bytes: usize, halves: &[usize]) -> Vec<u8> {
+        let mut blocks: Vec<u8> = (0..7 * bytes).map(|i| (i * 89 + i / 7) as u8).collect();
+        for (i, block) in blocks.chunks_exact_mut(bytes).enumerate() {
+            for at in halves {
+                let half = f16::from_f32(0.37 * i as f32 - 1.0);
+                block[*at..at + 2].copy_from_slice(&half.to_le_bytes());
+            }
+        }
+        blocks
+    }
+
+    #[test]
+    fn blocks_are_widened_as_candle_does() {
+        for (kind, bytes) in
+            [(GgmlDType::Q4_1, blocks(20, &[0, 2])), (GgmlDType::Q8_0, blocks(34, &[0]))]
+        {
+            let mut found = vec![0.0; 7 * BLOCK];
+            widen(Format::Ggml(kind), &bytes, &mut found).unwrap();
+            let storage = kind.from_data(bytes.as_slice().into()).dequantize(found.len()).unwrap();
+            assert_eq!(found, storage.as_slice::<f32>().unwrap(), "{kind:?}");
+        }
+    }
+}
