@@ -81,6 +81,10 @@ pub struct Span {
 pub enum Reason {
     /// There was nothing to read.
     Empty,
+    /// The text holds nothing but characters that the model has no tokens for.
+    Unreadable,
+    /// Nothing of a stream has been read yet, since its first word is not complete.
+    NotYetRead,
     /// Text beyond the limit of tokens was not read.
     NotFullyRead,
     /// More encoded text was found than is decoded; what was not decoded was read as it stands.
@@ -92,6 +96,8 @@ impl Reason {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Empty => "the text is empty",
+            Self::Unreadable => "the text holds nothing that the model can read",
+            Self::NotYetRead => "no complete word has arrived yet",
             Self::NotFullyDecoded => "the text holds more encoded parts than are decoded",
             Self::NotFullyRead => "the text is longer than max_tokens and was not read to its end",
         }

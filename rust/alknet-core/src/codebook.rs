@@ -13,7 +13,7 @@
 //! limited before it is read, every shape is compared with the others, every number must be finite
 //! and every spline monotone.
 
-use std::{collections::HashMap, path::Path};
+use std::{collections::HashMap, fs::File, io::Read, path::Path};
 
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
@@ -121,14 +121,17 @@ impl Codebook {
     pub fn from_file(path: &Path) -> Result<Self> {
         let unreadable =
             |error| Error::Codebook(format!("{} cannot be read: {error}", path.display()));
-        let size = std::fs::metadata(path).map_err(unreadable)?.len();
-        if size > MAX_BYTES {
+        let mut bytes = Vec::new();
+        // One byte more than allowed shows that there is more, even where no size is told beforehand.
+        let file = File::open(path).map_err(unreadable)?;
+        file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+        if bytes.len() as u64 > MAX_BYTES {
             return Err(Error::Codebook(format!(
-                "{} has {size} bytes; a codebook has at most {MAX_BYTES}",
+                "{} is too large; a codebook has at most {MAX_BYTES} bytes",
                 path.display()
             )));
         }
-        Self::from_bytes(&std::fs::read(path).map_err(unreadable)?)
+        Self::from_bytes(&bytes)
     }
 
     /// Checks the bytes of a codebook file.

@@ -12,13 +12,13 @@ use crate::{
     alarm::{self, Alarm, AlarmLevel, Reason, Signal, Span, Thresholds},
     codebook::{Codebook, DirectionInfo, Fingerprint, Origin},
     error::{Error, Result},
-    model::{TokenId, weights::Weights},
+    model::{Backend, TokenId, weights::Weights},
     normalize::{self, HiddenText, View},
     project::Projector,
     reader::{Reader, ReaderOptions, passes, segments},
     score::{self, WindowScore},
     stream::Segment,
-    tokenize::Encoding,
+    tokenize::{Encoding, Tokenizer},
 };
 
 /// Share of the error budget that novelty may spend; it may raise SUSPICIOUS, never DANGEROUS.
@@ -82,7 +82,27 @@ impl Firewall {
         Self::new(reader?, codebook, options)
     }
 
-    /// A firewall over any reader, such as one with a foreign engine.
+    /// A firewall over an engine from elsewhere, with tokenizer and codebook of a detector folder.
+    ///
+    /// # Errors
+    /// As [`Firewall::open`]; of the files that the codebook was made for, only the tokenizer is
+    /// there to be compared.
+    pub fn with_backend(
+        detector: &Path,
+        codebook: Option<&Path>,
+        backend: Arc<dyn Backend>,
+        bos_token_id: Option<TokenId>,
+        options: &FirewallOptions,
+    ) -> Result<Self> {
+        let own = detector.join("codebook.safetensors");
+        let codebook = Codebook::from_file(codebook.unwrap_or(&own))?;
+        let tokenizer_sha256 = file_sha256(&detector.join("tokenizer.json"))?;
+        codebook.check(&Fingerprint { tokenizer_sha256, ..codebook.fingerprint.clone() })?;
+        let tokenizer = Tokenizer::from_file(&detector.join("tokenizer.json"))?;
+        Self::new(Reader::new(tokenizer, backend, bos_token_id)?, codebook, options)
+    }
+
+    /// A firewall over any reader.
     ///
     /// # Errors
     /// [`Error::Codebook`] when the codebook's sites, width or segments are not the reader's.
@@ -160,7 +180,7 @@ impl Firewall {
     /// Views, tokens and pieces of one text.
     pub(crate) fn prepare<'a>(&self, input: &Input<'a>) -> Result<Case<'a>> {
         let views = normalize::views(input.text);
-        let hidden = views.hidden_text.as_ref().is_some_and(HiddenText::is_alarm);
+        let hidden = views.hidden_text.filter(HiddenText::is_alarm).map(|text| text.original);
         let mut case = Case::new(*input, hidden);
         case.undecoded = views.incomplete;
         for view in views.views {
@@ -205,7 +225,7 @@ impl Firewall {
                 worst = worst.min(self.judge(window, &origins, looks, pieces));
             }
         }
-        if case.hidden_text {
+        if case.hidden_text.is_some() {
             worst.p_value = worst.p_value.min(HIDDEN_TEXT_P);
         }
         if !worst.p_value.is_finite() || !worst.novelty.is_finite() {
@@ -214,12 +234,10 @@ impl Firewall {
             ));
         }
         let score = alarm::score(worst.p_value);
+        let reason = case.reason();
         let mut level = self.thresholds.level(score);
-        let mut reason = case.pieces.is_empty().then_some(Reason::Empty);
-        if case.undecoded || case.unread_bytes > 0 {
+        if !matches!(reason, None | Some(Reason::Empty | Reason::NotYetRead)) {
             level = level.max(AlarmLevel::Suspicious);
-            let unread = case.unread_bytes > 0;
-            reason = Some(if unread { Reason::NotFullyRead } else { Reason::NotFullyDecoded });
         }
         let (signals, spans) = match level {
             AlarmLevel::Clear => (Vec::new(), Vec::new()),
@@ -280,8 +298,10 @@ impl Firewall {
     ) -> (Vec<Signal>, Vec<Span>) {
         let mut signals: Vec<Signal> = Vec::new();
         let mut spans: Vec<Span> = Vec::new();
-        if case.hidden_text {
-            raise(&mut signals, "hidden_text", 1.0);
+        if let Some(bytes) = case.hidden_text.clone() {
+            let signal = "hidden_text".to_owned();
+            raise(&mut signals, &signal, 1.0);
+            spans.push(Span { bytes, score: alarm::score(HIDDEN_TEXT_P), signal });
         }
         for piece in &case.pieces {
             let Reading { view, encoding, pieces } = &case.views[piece.view];
@@ -363,8 +383,11 @@ impl Judgement {
 /// One text on its way through the stages.
 pub(crate) struct Case<'a> {
     input: Input<'a>,
-    hidden_text: bool,
+    /// Bytes of the original that hold enough hidden text for an alarm.
+    hidden_text: Option<Range<usize>>,
     undecoded: bool,
+    /// More text may follow.
+    arriving: bool,
     views: Vec<Reading>,
     pieces: Vec<Piece>,
     n_tokens: usize,
@@ -386,11 +409,12 @@ struct Piece {
 }
 
 impl<'a> Case<'a> {
-    fn new(input: Input<'a>, hidden_text: bool) -> Self {
+    fn new(input: Input<'a>, hidden_text: Option<Range<usize>>) -> Self {
         Self {
             input,
             hidden_text,
             undecoded: false,
+            arriving: false,
             views: Vec::new(),
             pieces: Vec::new(),
             n_tokens: 0,
@@ -410,13 +434,15 @@ impl<'a> Case<'a> {
         }));
     }
 
-    /// The raw view alone, its segments already scored.
+    /// The raw view alone, its segments already scored; `arriving` says that more text may follow.
     pub(crate) fn from_segments(
         input: Input<'a>,
         encoding: &Encoding,
         segments: &[Segment],
+        arriving: bool,
     ) -> Self {
-        let mut case = Self::new(input, false);
+        let mut case = Self::new(input, None);
+        case.arriving = arriving;
         case.n_tokens = encoding.input_ids.len();
         let piece = |Segment { tokens, windows, .. }: &Segment| Piece {
             view: 0,
@@ -436,7 +462,27 @@ impl<'a> Case<'a> {
     /// Whether the text has the raw view only, with exactly these tokens.
     pub(crate) fn is_plain(&self, input_ids: &[TokenId]) -> bool {
         let raw = |reading: &Reading| reading.encoding.input_ids == input_ids;
-        !self.hidden_text && !self.undecoded && self.views.len() == 1 && self.views.iter().all(raw)
+        let hidden = self.hidden_text.is_some() || self.undecoded;
+        !hidden && self.views.len() == 1 && self.views.iter().all(raw)
+    }
+
+    /// Why the verdict is not simply that of the score.
+    fn reason(&self) -> Option<Reason> {
+        if self.unread_bytes > 0 {
+            return Some(Reason::NotFullyRead);
+        }
+        if self.undecoded {
+            return Some(Reason::NotFullyDecoded);
+        }
+        let blank = self.input.text.trim().is_empty();
+        let unread = if blank {
+            Reason::Empty
+        } else if self.arriving {
+            Reason::NotYetRead
+        } else {
+            Reason::Unreadable
+        };
+        self.pieces.is_empty().then_some(unread)
     }
 
     fn input_ids(&self, piece: usize) -> &[TokenId] {
@@ -515,17 +561,17 @@ fn merge(mut spans: Vec<Span>) -> Vec<Span> {
 /// # Errors
 /// [`Error::ModelLoad`] for a file that cannot be read.
 pub fn fingerprint(detector: &Path, weights: &Weights) -> Result<Fingerprint> {
-    let file = |name: &str| {
-        let path = detector.join(name);
-        let bytes = std::fs::read(&path)
-            .map_err(|error| Error::model(&path, format!("cannot be read: {error}")))?;
-        Ok::<_, Error>(sha256(&bytes))
-    };
     Ok(Fingerprint {
         weights_sha256: sha256(weights.as_bytes()),
-        tokenizer_sha256: file("tokenizer.json")?,
-        config_sha256: file("config.json")?,
+        tokenizer_sha256: file_sha256(&detector.join("tokenizer.json"))?,
+        config_sha256: file_sha256(&detector.join("config.json"))?,
     })
+}
+
+fn file_sha256(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path)
+        .map_err(|error| Error::model(path, format!("cannot be read: {error}")))?;
+    Ok(sha256(&bytes))
 }
 
 fn sha256(bytes: &[u8]) -> String {

@@ -114,7 +114,7 @@ impl Reader {
 
     /// Most tokens of one piece.
     pub fn max_tokens(&self) -> usize {
-        self.backend.max_position_embeddings() - self.prefix.len()
+        self.backend.max_position_embeddings().saturating_sub(self.prefix.len())
     }
 
     /// Reads `input_ids` after what `cache` holds and hands the rows to `sink`.

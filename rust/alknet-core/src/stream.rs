@@ -63,7 +63,7 @@ impl Stream {
         self.text.push_str(chunk);
         let end = self.committed + complete_words(&self.text[self.committed..]);
         self.commit(end)?;
-        self.judge()
+        self.judge(true)
     }
 
     /// Judges the whole text.
@@ -75,7 +75,7 @@ impl Stream {
         let input = Input { text: &self.text, origin: self.origin };
         let case = self.firewall.prepare(&input)?;
         if case.is_plain(&self.encoding.input_ids) {
-            return self.judge();
+            return self.judge(false);
         }
         self.firewall.screen(&self.text, self.origin)
     }
@@ -85,9 +85,10 @@ impl Stream {
         &self.text
     }
 
-    fn judge(&self) -> Result<Alarm> {
+    fn judge(&self, arriving: bool) -> Result<Alarm> {
         let input = Input { text: &self.text, origin: self.origin };
-        self.firewall.verdict(&Case::from_segments(input, &self.encoding, &self.segments))
+        let case = Case::from_segments(input, &self.encoding, &self.segments, arriving);
+        self.firewall.verdict(&case)
     }
 
     /// Tokenises up to byte `end` and reads the new tokens.

@@ -5,10 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use alknet_core::{
-    self as core, Alarm, AlarmLevel, Codebook, FirewallOptions, Input, Origin, Thresholds,
-    tokenize::Tokenizer,
-};
+use alknet_core::{self as core, Alarm, AlarmLevel, FirewallOptions, Input, Origin, Thresholds};
 use pyo3::{
     prelude::*,
     types::{PyString, PyTuple},
@@ -50,12 +47,9 @@ impl Firewall {
             match foreign {
                 None => core::Firewall::open(&detector, codebook.as_deref(), &options),
                 Some(backend) => {
-                    let tokenizer = Tokenizer::from_file(&detector.join("tokenizer.json"))?;
-                    let bos = backend.bos_token_id();
-                    let reader = core::Reader::new(tokenizer, Arc::new(backend), bos)?;
-                    let own = detector.join("codebook.safetensors");
-                    let codebook = Codebook::from_file(codebook.as_deref().unwrap_or(&own))?;
-                    core::Firewall::new(reader, codebook, &options)
+                    let (codebook, bos) = (codebook.as_deref(), backend.bos_token_id());
+                    let backend = Arc::new(backend);
+                    core::Firewall::with_backend(&detector, codebook, backend, bos, &options)
                 }
             }
         })?;

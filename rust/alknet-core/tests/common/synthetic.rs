@@ -1,0 +1,80 @@
+//! An engine without a model: the activations of a token are its own and a trace of those before it.
+
+use alknet_core::{
+    Error, Result,
+    model::{Backend, KvCache, Sequence, Sink, Site, TokenId},
+};
+
+/// Rows of a sequence that are handed over at once, so that sinks see several runs.
+const RUN: usize = 3;
+
+/// How loud a token is, per component of `CodebookFile::valid`.
+pub(crate) type Loudness = fn(TokenId) -> [f32; 3];
+
+/// Component `k` of token `t` at the first site is `loudness(id_t)[k]` plus a trace, below 0.01, of
+/// all ids up to `t`; the second site repeats it, halved by the codebook.
+pub(crate) struct Synthetic {
+    pub(crate) sites: Vec<Site>,
+    pub(crate) hidden_size: usize,
+    pub(crate) max_position_embeddings: usize,
+    pub(crate) loudness: Loudness,
+}
+
+impl Synthetic {
+    /// As `CodebookFile::valid` needs it.
+    pub(crate) fn new(loudness: Loudness) -> Self {
+        let sites = ["1.resid_post", "3.mlp_out"].map(|site| site.parse().unwrap()).to_vec();
+        Self { sites, hidden_size: 4, max_position_embeddings: 64, loudness }
+    }
+
+    /// Activations of the last of `read`, at any site.
+    fn row(&self, read: &[TokenId]) -> Vec<f32> {
+        let trace = read.iter().fold(7_u32, |hash, id| hash.wrapping_mul(31).wrapping_add(*id));
+        let mut row = vec![(trace % 1000) as f32 * 1e-5; self.hidden_size];
+        let loudness = read.last().map_or([0.0; 3], |&id| (self.loudness)(id));
+        for (x, loud) in row.iter_mut().zip(loudness) {
+            *x += loud;
+        }
+        row
+    }
+}
+
+impl Backend for Synthetic {
+    fn name(&self) -> String {
+        "synthetic".to_owned()
+    }
+
+    fn hidden_size(&self) -> usize {
+        self.hidden_size
+    }
+
+    fn max_position_embeddings(&self) -> usize {
+        self.max_position_embeddings
+    }
+
+    fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+
+    fn new_cache(&self) -> KvCache {
+        KvCache::new(0)
+    }
+
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
+        for (index, sequence) in batch.iter_mut().enumerate() {
+            let past = sequence.cache.len();
+            let read = &mut sequence.cache.input_ids;
+            read.extend_from_slice(sequence.input_ids);
+            if read.len() > self.max_position_embeddings {
+                return Err(Error::Input("more positions than the model has".to_owned()));
+            }
+            let rows: Vec<_> = (past..read.len()).map(|t| self.row(&read[..=t])).collect();
+            for (run, rows) in rows.chunks(RUN).enumerate() {
+                for site in 0..self.sites.len() {
+                    sink.rows(index, site, run * RUN, &rows.concat())?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
