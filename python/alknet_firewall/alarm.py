@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from html import escape
 from typing import Any, Literal
+from unicodedata import category
 
 __all__ = ["Alarm", "AlarmLevel", "Origin", "Signal", "Span", "Thresholds"]
 
@@ -184,12 +185,17 @@ class Alarm:
         return json.dumps(self.to_dict(), **options)
 
     def highlight(self, text: str) -> str:
-        """The screened text with its spans in reverse video, for a terminal."""
+        """The screened text with its spans in reverse video, for a terminal.
+
+        Control characters of the text, with which it could move the cursor or hide what it says,
+        are shown as a replacement character.
+        """
         parts, end = [], 0
         for span in self.spans:
-            parts += [text[end : span.start], "\x1b[7m", text[span.start : span.end], "\x1b[0m"]
+            marked = printable(text[span.start : span.end])
+            parts += [printable(text[end : span.start]), "\x1b[7m", marked, "\x1b[0m"]
             end = span.end
-        return "".join([*parts, text[end:]])
+        return "".join([*parts, printable(text[end:])])
 
     def _repr_html_(self) -> str:
         colour = ("#2e7d32", "#b26a00", "#b71c1c")[self.level]
@@ -201,3 +207,11 @@ class Alarm:
             f'<div><b style="color:{colour}">{self.level.name}</b> score {self.score:.2f}, '
             f"p = {self.p_value:.2g}<table>{rows}</table></div>"
         )
+
+
+def printable(text: str) -> str:
+    """The text with everything replaced that a terminal would obey instead of showing it."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if category(c).startswith("C") and c not in "\n\t" else c
+        for c in text
+    )

@@ -15,8 +15,6 @@ from .errors import ConfigError
 
 __all__ = ["FirewallConfig"]
 
-
-
 # ALKNET_* variables that are not options of a firewall: where things are kept, which file to read.
 _OTHER_VARIABLES = {"ALKNET_CONFIG", "ALKNET_HOME"}
 
@@ -62,15 +60,20 @@ class FirewallConfig:
     on_error: Literal["raise", "block"] = "raise"
 
     def __post_init__(self) -> None:
+        for name, kinds in _TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}, which is not of the right type")
         low, high = self.thresholds.suspicious, self.thresholds.dangerous
-        if not 0 < low <= high <= 1:
+        numbers = all(type(threshold) in (int, float) for threshold in (low, high))
+        if not numbers or not 0 < low <= high <= 1:
             raise ConfigError(
-                f"thresholds suspicious={low}, dangerous={high}: "
+                f"thresholds suspicious={low!r}, dangerous={high!r}: "
                 "0 < suspicious <= dangerous <= 1 is needed"
             )
         for name in ("max_tokens", "threads"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value!r}: 1 or more is needed, or None")
         for name, allowed in (("engine", ("native", "candle")), ("on_error", ("raise", "block"))):
             if getattr(self, name) not in allowed:
@@ -92,13 +95,21 @@ class FirewallConfig:
         """
         given = {name: value for name, value in arguments.items() if value is not None}
         _check_names(given, "argument")
-        values = _from_file() | _from_environment(os.environ) | given
+        values = _from_file() | _from_environment(os.environ)
         thresholds = values.pop("thresholds", Thresholds())
         low = values.pop("suspicious", thresholds.suspicious)
         high = values.pop("dangerous", thresholds.dangerous)
-        return cls(**values, thresholds=Thresholds(low, high))
+        return cls(**{**values, "thresholds": Thresholds(low, high), **given})
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "detector": (str,),
+    "codebook_path": (str, type(None)),
+    "thresholds": (Thresholds,),
+    "max_tokens": (int, type(None)),
+    "threads": (int, type(None)),
+    "isa": (str, type(None)),
+}
 _NAMES = {f.name for f in fields(FirewallConfig)}
 _SCALARS = (_NAMES - {"thresholds"}) | {"suspicious", "dangerous"}
 _PARSERS: dict[str, Any] = {

