@@ -8,8 +8,8 @@
 //! all sequences go through the linear layers together; attention runs per sequence, so that nothing is
 //! padded, in blocks of [`QUERIES`] queries, so that no n × n matrix is made.
 //!
-//! Rotary, norm, softmax and mask are candle's own. Its `Llama` cannot be used: it knows no sites, pads
-//! batches, keeps its cache to itself and runs to the last layer.
+//! Products, rotary, norm, softmax and mask are candle's own. Its `Llama` cannot be used: it knows no
+//! sites, pads batches, keeps its cache to itself and runs to the last layer. For sums see [`Rowwise`].
 //!
 //! Source: Transformers `modeling_llama.py`; candle-transformers `models/llama.rs`.
 
@@ -20,12 +20,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use candle_core::{D, Device, Module, Tensor};
+use candle_core::{CpuStorage, CustomOp2, D, Device, Layout, Module, Shape, Tensor};
 use candle_nn::{Linear, RmsNorm, ops::softmax_last_dim, rotary_emb::rope};
 use candle_transformers::utils::{build_causal_mask, repeat_kv};
 use rayon::{
     ThreadPool, ThreadPoolBuilder,
-    iter::{IntoParallelIterator, ParallelIterator},
+    iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator},
+    slice::{ParallelSlice, ParallelSliceMut},
 };
 
 use super::{
@@ -53,14 +54,20 @@ pub struct CandleBackend {
 /// Weights of one block.
 struct Block {
     input_layernorm: RmsNorm,
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
+    q_proj: Projection,
+    k_proj: Projection,
+    v_proj: Projection,
+    o_proj: Projection,
     post_attention_layernorm: RmsNorm,
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
+    gate_proj: Projection,
+    up_proj: Projection,
+    down_proj: Projection,
+}
+
+/// `x Wᵀ + b`. candle's `Linear` has biases as well, but see [`Rowwise`].
+struct Projection {
+    weight: Linear,
+    bias: Option<Tensor>,
 }
 
 /// What a block makes of its input, each `[n, hidden_size]`.
@@ -173,11 +180,11 @@ impl CandleBackend {
             .map(|(segment, cache)| self.attention(segment, &q, &k, &v, cache))
             .collect::<Result<Vec<_>>>()?;
         let attn_out = block.o_proj.forward(&Tensor::cat(&contexts, 0)?)?;
-        let resid_mid = (x + &attn_out)?;
+        let resid_mid = add(x, &attn_out)?;
         let normed = block.post_attention_layernorm.forward(&resid_mid)?;
-        let gate = block.gate_proj.forward(&normed)?.silu()?;
-        let mlp_out = block.down_proj.forward(&(gate * block.up_proj.forward(&normed)?)?)?;
-        let resid_post = (resid_mid + &mlp_out)?;
+        let (gate, up) = (block.gate_proj.forward(&normed)?, block.up_proj.forward(&normed)?);
+        let mlp_out = block.down_proj.forward(&gate.apply_op2_no_bwd(&up, &Rowwise(silu_mul))?)?;
+        let resid_post = add(&resid_mid, &mlp_out)?;
         Ok(BlockOutput { attn_out, mlp_out, resid_post })
     }
 
@@ -279,6 +286,66 @@ fn join_heads(x: &Tensor) -> Result<Tensor> {
     Ok(x.squeeze(0)?.transpose(0, 1)?.flatten_from(D::Minus2)?)
 }
 
+impl Projection {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let product = self.weight.forward(x)?;
+        match &self.bias {
+            Some(bias) => add(&product, bias),
+            None => Ok(product),
+        }
+    }
+}
+
+/// A function of the numbers of two matrices, or of a matrix and one row.
+///
+/// candle's own spread large tensors over threads that spin, one set per process and as many as the
+/// environment says: a forked child waits for them for ever, and callers wait for each other. This one
+/// works on the pool that calls it.
+struct Rowwise(fn(f32, f32) -> f32);
+
+impl CustomOp2 for Rowwise {
+    fn name(&self) -> &'static str {
+        "rowwise"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (a, b) = (contiguous(s1, l1)?, contiguous(s2, l2)?);
+        let width = l1.dims().last().copied().unwrap_or(1);
+        let mut out = vec![0.0; a.len()];
+        let rows = out.par_chunks_mut(width).zip(a.par_chunks(width)).enumerate();
+        rows.for_each(|(row, (out, a))| {
+            let b = &b[row * width % b.len()..][..width];
+            for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+                *out = self.0(*a, *b);
+            }
+        });
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+}
+
+/// The numbers of a tensor without gaps.
+fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("rowwise functions need contiguous tensors")
+    };
+    Ok(&storage.as_slice()?[start..end])
+}
+
+fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    Ok(a.apply_op2_no_bwd(b, &Rowwise(|a, b| a + b))?)
+}
+
+/// `SiLU(gate) · up`.
+fn silu_mul(gate: f32, up: f32) -> f32 {
+    gate / (1.0 + (-gate).exp()) * up
+}
+
 impl Backend for CandleBackend {
     fn name(&self) -> String {
         format!("candle (fp32, {} threads)", self.pool.threads)
@@ -343,8 +410,9 @@ impl Block {
             let missing = || Error::Inference(format!("{module} is no part of a Llama block"));
             tensor(format!("{module}.weight"))?.ok_or_else(missing)
         };
-        let linear = |module: &str| -> Result<Linear> {
-            Ok(Linear::new(weight(module)?, tensor(format!("{module}.bias"))?))
+        let linear = |module: &str| -> Result<Projection> {
+            let weight = Linear::new(weight(module)?, None);
+            Ok(Projection { weight, bias: tensor(format!("{module}.bias"))? })
         };
         let norm = |module: &str| -> Result<RmsNorm> {
             Ok(RmsNorm::new(weight(module)?, config.rms_norm_eps))
