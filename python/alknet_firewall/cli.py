@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from . import _core
-from .alarm import Alarm, AlarmLevel
+from .alarm import Alarm, AlarmLevel, printable
 from .config import FirewallConfig
 from .detector import CODEBOOK, Progress, find_detector, read_manifest
 from .errors import AlknetFirewallError
@@ -93,8 +93,13 @@ def _collect(inputs: tuple[str, ...]) -> Iterator[tuple[str | None, Callable[[],
         path = Path(item)
         if item == "-":
             yield "-", lambda: _decode(sys.stdin.buffer.read(), "standard input")
+        elif not item:  # As a path it would be the working directory.
+            yield None, lambda: ""
         elif _exists(path) and path.is_dir():
-            for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+            if not files:
+                raise click.ClickException(f"{path} holds no file: nothing was screened")
+            for file in files:
                 yield str(file), lambda file=file: _read(file)  # type: ignore[misc]
         elif _exists(path):
             yield item, lambda path=path: _read(path)  # type: ignore[misc]
@@ -128,15 +133,16 @@ def _decode(data: bytes, where: str) -> str:
 def _show(name: str | None, text: str, alarm: Alarm, *, as_json: bool, spans: bool) -> None:
     if as_json:
         values = alarm.to_dict() | ({"input": name} if name is not None else {})
-        click.echo(json.dumps(values, ensure_ascii=False))
+        click.echo(json.dumps(values))  # In ASCII: a file name may be no Unicode.
         return
     level = click.style(f"{alarm.level.name:<10}", fg=_COLOURS[alarm.level], bold=True)
-    click.echo(f"{level} score {alarm.score:.2f}  p {alarm.p_value:<8.2g} {name or ''}".rstrip())
+    shown = printable(name or "")
+    click.echo(f"{level} score {alarm.score:.2f}  p {alarm.p_value:<8.2g} {shown}".rstrip())
     if alarm:
         click.echo(f"    {alarm.explain()}")
     if spans:
         for span in alarm.spans:
-            quoted = " ".join(text[span.start : span.end].split())
+            quoted = printable(" ".join(text[span.start : span.end].split()))
             quoted = quoted if len(quoted) <= 160 else quoted[:157] + "..."
             click.echo(f"    {span.start}-{span.end} {span.signal} {span.score:.2f}: {quoted}")
 
