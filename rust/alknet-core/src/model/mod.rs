@@ -89,7 +89,10 @@ impl Sequence<'_> {
         let (past, new) = (self.cache.len(), self.input_ids.len());
         let (vocab_size, most) = (config.vocab_size, config.max_position_embeddings);
         if past + new > most {
-            return Err(Error::Input(format!("{} tokens; the model reads at most {most}", past + new)));
+            return Err(Error::Input(format!(
+                "{} tokens; the model reads at most {most}",
+                past + new
+            )));
         }
         if let Some(id) = self.input_ids.iter().find(|&&id| id as usize >= vocab_size) {
             return Err(Error::Input(format!(
