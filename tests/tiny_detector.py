@@ -6,7 +6,6 @@ ordinary sentences never. So everything around the model can be tested where no 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -149,8 +148,3 @@ def _separating(benign: np.ndarray, positive: np.ndarray, other: np.ndarray) -> 
     ridge = 0.02 * np.trace(covariance) / len(covariance)
     direction = np.linalg.solve(covariance + ridge * np.eye(len(covariance)), difference)
     return direction / (direction @ difference)
-
-
-def file_sha256(path: Path) -> str:
-    """Lower-case hex sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -280,6 +280,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
+    #[expect(clippy::single_range_in_vec_init, reason = "one range is meant")]
     fn a_text_that_fits_is_one_segment() {
         assert!(segments(0, 8, 2).is_empty());
         assert_eq!(segments(8, 8, 2), [0..8]);

@@ -30,6 +30,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
+    #[expect(clippy::single_range_in_vec_init, reason = "one range is meant")]
     fn short_inputs_are_one_window() {
         assert_eq!(ranges(0, 8, 4).count(), 0);
         assert_eq!(ranges(1, 8, 4).collect::<Vec<_>>(), [0..1]);
