@@ -154,22 +154,19 @@ def _load_onnx(file: str) -> Callable[[Setup], Run]:
 def _load_llama_cpp(setup: Setup) -> Run:
     import llama_cpp
 
-    # As an embedding model it stops at the last block's (normed) rows and computes no logits.
+    longest = 4096
     model = llama_cpp.Llama(
         str(setup.folder / formats.GGUF),
-        n_ctx=4096,
-        n_batch=4096,
-        n_ubatch=4096,
+        n_ctx=longest,
+        n_batch=longest,
+        n_ubatch=longest,
         n_threads=setup.threads,
         n_threads_batch=setup.threads,
-        embedding=True,
-        pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE,
         verbose=False,
     )
 
     def run(item: Input) -> None:
         model.reset()
-        model._ctx.kv_cache_clear()
         model.eval(item.input_ids)
 
     return run

@@ -288,7 +288,9 @@ def share_of_limit(
     say("measuring the machine's limit")
     try:
         rates = limits.measure(ROOT)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except subprocess.CalledProcessError as error:
+        return {"missing": error.stderr.strip()}
+    except OSError as error:
         return {"missing": str(error)}
     work = limits.work_of(config, formats.num_layers(sites))
     least: dict[str, dict[str, float]] = {}
@@ -307,12 +309,11 @@ def share_of_limit(
 def describe() -> dict[str, Any]:
     """The machine, the compiler, and the versions of everything compared."""
     packages = ("alknet-firewall", "torch", "openvino", "nncf", "onnxruntime", "llama_cpp_python")
-    dirty = "-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else ""
     return {
         "cpu": _cpu(),
         "threads": len(os.sched_getaffinity(0)),
         "compiler": _output("rustc", "--version"),
-        "revision": _output("git", "rev-parse", "--short=12", "HEAD") + dirty,
+        "revision": _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
