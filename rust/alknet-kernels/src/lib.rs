@@ -7,16 +7,16 @@
 //!
 //! Integer sums are exact and every fp32 step has one order of operations, so a row's result does
 //! not depend on its batch, on the number of threads, or on how the input was cut into chunks. Only
-//! attention's fp32 products round differently between [`Isa::Scalar`] and the others, which fuse
-//! multiply and add.
+//! attention's products round differently between instruction sets: [`Isa::Scalar`] does not fuse
+//! multiply and add, [`Isa::Avx512Bf16`] rounds their inputs to bf16; the other two agree.
 //!
-//! [`scalar`](self) code is the specification; one file per instruction set stands beside it:
+//! The scalar code is the specification; one file per instruction set stands beside it:
 //!
 //! | file | holds |
 //! |---|---|
 //! | `isa.rs` | which instruction sets this CPU has |
-//! | `scalar.rs` | what every kernel computes, written so that LLVM vectorises it |
-//! | `avx2.rs`, `avx512.rs` | the same kernels with intrinsics where LLVM falls short |
+//! | `scalar.rs`, `attention.rs` | what every kernel computes, written so that LLVM vectorises it |
+//! | `avx2.rs`, `avx512.rs`, `avx512bf16.rs` | the same kernels, with intrinsics where LLVM falls short |
 //! | `dispatch.rs` | the table of kernels of one instruction set |
 //! | `pack.rs` | 8-bit weights in the order in which the kernels read them |
 //! | `rows.rs` | 8-bit activations |
