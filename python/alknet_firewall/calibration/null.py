@@ -30,7 +30,7 @@ N_KNOTS = 24
 
 # Survival probabilities that become knots while the sample supports them; beyond, the tail is
 # exponential, fitted to the excesses over `_TAIL_FROM`.
-_LEVELS = np.array([0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.13, 0.09, 0.065, 0.045])
+_LEVELS = np.array([0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.13, 0.09, 0.065])
 _TAIL_FROM = 0.05
 _TAIL_LEVELS = np.array([0.02, 0.01, 0.003, 0.001, 0.0001])
 
