@@ -1,17 +1,16 @@
 # `make demo` shows the firewall at work, `make test` checks everything, `make wheel` builds the wheel.
 #
-# Everything is compiled for one target in one profile, so that the extension of the demo, the wheel
-# and the Rust tests share what they have in common: most of the time goes into candle.
+# Most of the time goes into candle. It is compiled twice: once for the extension of the working copy
+# and the Rust tests, which share profile and features, and once for the wheel, since Cargo keeps what
+# another linker is for apart.
 
 PYTHON ?= python3
-TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 
 VENV := .venv
 TEST_VENV := .venv-test
 WHEELHOUSE := target/wheelhouse
 DETECTOR := python/alknet_firewall/detectors/smollm2-135m-instruct
 
-export CARGO_BUILD_TARGET := $(TARGET)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
@@ -76,7 +75,7 @@ bench: $(WHEEL)
 
 # The summaries of the two runners, cargo's and pytest's, come last.
 test: check wheelhouse
-	cargo test --release
+	cargo test --release --workspace
 	ALKNET_TEST_WHEEL="$$(echo dist/*.whl)" ALKNET_TEST_WHEELHOUSE=$(WHEELHOUSE) \
 		$(TEST_VENV)/bin/python -m pytest
 
@@ -108,4 +107,4 @@ $(TEST_VENV)/.installed: $(WHEEL) $(TEST_VENV)/.tools
 clean:
 	cargo clean -q
 	rm -rf dist $(VENV) $(TEST_VENV) .mypy_cache .ruff_cache .pytest_cache
-	rm -f $(WEIGHTS) $(DETECTOR)/config.json $(DETECTOR)/tokenizer.json
+	rm -f $(WEIGHTS) $(DETECTOR)/config.json $(DETECTOR)/tokenizer.json python/alknet_firewall/*.so
