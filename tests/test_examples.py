@@ -1,4 +1,4 @@
-"""The texts of ``examples/``, which `make demo` screens, get the alarms that a person would give."""
+"""The texts of ``examples/`` get the alarms that a person would give."""
 
 from __future__ import annotations
 
