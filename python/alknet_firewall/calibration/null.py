@@ -109,7 +109,16 @@ def component_cdf(projections: Array, weights: Array) -> tuple[Array, Array]:
     below = np.cumsum(w) - 0.5 * w
     values = np.concatenate([[0.001, 0.003, 0.01, 0.03], np.linspace(0.06, 0.94, N_KNOTS - 8), [0.97, 0.99, 0.997, 0.999]])
     knots = np.interp(values, below, x)
-    return _strictly_rising(knots, 1e-5 * max(float(x[-1] - x[0]), 1e-6)), values
+    knots = _strictly_rising(knots, 1e-5 * max(float(x[-1] - x[0]), 1e-6))
+    first, last = PchipInterpolator(knots, values).derivative()(knots[[0, -1]])
+    # An end interval much flatter than its neighbour gives an end slope of 0, and so no tail.
+    if first <= 0:
+        density = (values[2] - values[1]) / (knots[2] - knots[1])
+        knots[0] = knots[1] - 1.5 * (values[1] - values[0]) / density
+    if last <= 0:
+        density = (values[-2] - values[-3]) / (knots[-2] - knots[-3])
+        knots[-1] = knots[-2] + 1.5 * (values[-1] - values[-2]) / density
+    return knots, values
 
 
 def _quantile(x: Array, survival: Array, level: float) -> float:

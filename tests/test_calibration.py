@@ -1,0 +1,420 @@
+"""Calibration: from rows of text, or made-up windows of them, to a codebook."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from alknet_firewall import AlarmLevel, Firewall, InputError, _core
+from tiny_detector import BENIGN, HIDDEN_SIZE, LAYOUT, SITES, ordinary_sentences
+
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+
+from alknet_firewall.calibration import codebook, null
+from alknet_firewall.calibration.activations import Layout, read_windows
+from alknet_firewall.calibration.corpus import Row, read_corpora, sha256_of
+from alknet_firewall.calibration.crossfit import ORIGINS, Corpus, cross_fit, folds_of
+from alknet_firewall.calibration.evaluate import evaluate, table
+from alknet_firewall.calibration.fit import FitOptions, Windows
+
+WIDTH = len(SITES) * HIDDEN_SIZE
+OPTIONS = FitOptions(n_components=3, rounds=2)
+TINY_LAYOUT = Layout(sites=SITES, max_tokens=1024, **LAYOUT)
+N_WINDOWS = 3
+
+
+def made_up_corpus(seed: int = 0, separation: float = 6.0) -> Corpus:
+    """Twenty sources of 80 texts; in an attack, the middle window stands out along one axis.
+
+    The axis is another one for each origin, and every source lies a little elsewhere.
+    """
+    rng = np.random.default_rng(seed)
+    rows, windows = [], []
+    for source in range(20):
+        attack, origin = source < 12, ORIGINS[source % 2]
+        offset = 0.1 * rng.standard_normal(WIDTH)
+        for text in range(80):
+            kind = ("jailbreak" if origin == "user" else "indirect") if attack else "benign"
+            rows.append(Row(f"text {source} {text}", attack, kind, f"source{source}", origin))
+            x = rng.standard_normal((N_WINDOWS, WIDTH)) + offset
+            x[1, source % 2] += separation * attack
+            windows.append(x)
+    starts = N_WINDOWS * np.arange(len(rows) + 1)
+    n_tokens = rng.integers(4, 600, len(rows))
+    return Corpus(rows, Windows(np.concatenate(windows).astype(np.float16), starts), n_tokens)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return made_up_corpus()
+
+
+class TestCrossFit:
+    def test_folds_leave_out_whole_sources_once(self, corpus):
+        folds = folds_of(corpus.rows)
+        assert sorted(source for fold in folds for source in fold) == sorted(set(corpus.sources))
+        attacks = {row.source for row in corpus.rows if row.attack}
+        assert sum(bool(set(fold) & attacks) for fold in folds) >= 4
+
+    def test_attacks_of_left_out_sources_score_higher(self, corpus):
+        scores = cross_fit(corpus, OPTIONS)
+        assert scores.shape == (2, 1600)
+        assert np.isfinite(scores).all()
+        for o, origin in enumerate(ORIGINS):
+            own = corpus.of_origin(origin)
+            attack = corpus.attack[own]
+            assert np.median(scores[o, own[attack]]) > np.quantile(scores[o, own[~attack]], 0.95)
+
+    def test_a_text_never_helps_to_judge_itself(self, corpus):
+        """Other windows in one text of a fold leave the scores of all others in that fold."""
+        folds = folds_of(corpus.rows)
+        held = np.isin(corpus.sources, folds[0])
+        changed = np.flatnonzero(held)[::2]
+        x = corpus.windows.x.copy()
+        x[corpus.windows.rows(changed)] += np.float16(1)
+        other = dataclasses.replace(corpus, windows=Windows(x, corpus.windows.starts))
+        one, two = cross_fit(corpus, OPTIONS), cross_fit(other, OPTIONS)
+        kept = np.setdiff1d(np.flatnonzero(held), changed)
+        np.testing.assert_array_equal(one[:, kept], two[:, kept])
+        assert (one[:, changed] != two[:, changed]).all()
+        assert (one[:, ~held] != two[:, ~held]).any()
+
+
+class TestNull:
+    @pytest.mark.parametrize(
+        "sample",
+        [
+            lambda rng: rng.standard_normal(20_000),
+            lambda rng: rng.exponential(2.0, 20_000),
+            lambda rng: 3.0 + rng.logistic(size=20_000),
+        ],
+        ids=["normal", "exponential", "logistic"],
+    )
+    def test_survival_is_that_of_the_sample(self, sample):
+        rng = np.random.default_rng(1)
+        statistics, fresh = sample(rng), sample(rng)
+        knots, values = null.null_spline(statistics, np.ones(len(statistics)))
+        assert knots.shape == values.shape == (null.N_KNOTS,)
+        assert (np.diff(knots) > 0).all()
+        assert (np.diff(values) >= 0).all()
+        p = 10.0 ** -null.pchip_linear_above(knots, values, fresh)
+        for nominal in (0.5, 0.2, 0.1, 0.05, 0.01, 0.001):
+            observed = (p <= nominal).mean()
+            # Four standard errors of two samples, and a tenth for the spline between its knots.
+            tolerance = 4 * np.sqrt(2 * nominal / len(fresh)) + 0.1 * nominal
+            assert observed == pytest.approx(nominal, abs=tolerance)
+
+    @pytest.mark.parametrize(
+        "statistics",
+        [np.zeros(500), np.repeat([0.0, 1.0], 250), np.array([1.0]), np.arange(3.0)],
+        ids=["constant", "two values", "one text", "three texts"],
+    )
+    def test_poor_samples_still_give_a_rising_spline(self, statistics):
+        knots, values = null.null_spline(statistics, np.ones(len(statistics)))
+        assert (np.diff(knots) > 0).all()
+        assert (np.diff(values) >= 0).all()
+        assert values[0] == 0
+        assert values[-1] >= 3
+
+    def test_sources_weigh_by_the_root_of_their_size(self):
+        weights = null.source_weights(["a"] * 100 + ["b"] * 4)
+        assert weights.sum() == pytest.approx(1)
+        assert weights[:100].sum() / weights[100:].sum() == pytest.approx(5)
+
+    def test_length_classes(self):
+        n_tokens = np.array([0, 16, 17, 48, 49, 1024, 5000])
+        assert null.length_class(n_tokens).tolist() == [0, 0, 1, 1, 2, 4, 4]
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_a_component_with_a_far_outlier_keeps_its_tails(self, sign):
+        from scipy.interpolate import PchipInterpolator
+
+        z = sign * np.concatenate([np.random.default_rng(2).standard_normal(900), [1e3, 2e3]])
+        knots, values = null.component_cdf(z, np.ones(len(z)))
+        ends = PchipInterpolator(knots, values).derivative()(knots[[0, -1]])
+        assert (np.diff(knots) > 0).all()
+        assert (ends > 0).all()
+
+    def test_a_component_is_uniform_in_its_own_distribution(self):
+        z = np.random.default_rng(2).standard_normal(20_000)
+        knots, values = null.component_cdf(z, np.ones(len(z)))
+        assert (np.diff(knots) > 0).all()
+        assert (np.diff(values) > 0).all()
+        assert values[0] > 0
+        assert values[-1] < 1
+        for at, value in zip(knots, values, strict=True):
+            assert (z <= at).mean() == pytest.approx(value, abs=0.003)
+
+
+@pytest.fixture(scope="module")
+def compiled(corpus, tiny_folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("compiled") / "codebook.safetensors"
+    codebook.compile_codebook(corpus, tiny_folder, out, layout=TINY_LAYOUT, options=OPTIONS)
+    return out
+
+
+class TestCompile:
+    def test_the_library_accepts_it(self, compiled, corpus):
+        metadata = _core.inspect_codebook(str(compiled))
+        assert metadata["detector"] == "tiny"
+        assert metadata["sites"] == ",".join(SITES)
+        assert metadata["n_components"] == "6"
+        calibration = json.loads(metadata["calibration"])
+        assert calibration["rows"] == len(corpus.rows)
+        assert calibration["sha256"] == sha256_of(corpus.rows)
+        names = [d["name"] for d in json.loads(metadata["directions"]) if d["scored"]]
+        assert names == ["attack", "embedded_instruction"]
+
+    def test_it_belongs_to_its_detector(self, compiled, tiny_folder):
+        alarm = Firewall(tiny_folder, codebook_path=compiled).screen(BENIGN[0])
+        assert alarm.level in AlarmLevel
+
+    def test_the_same_corpus_gives_the_same_bytes(self, compiled, tiny_folder, tmp_path):
+        again = tmp_path / "again.safetensors"
+        codebook.compile_codebook(
+            made_up_corpus(), tiny_folder, again, layout=TINY_LAYOUT, options=OPTIONS
+        )
+        assert again.read_bytes() == compiled.read_bytes()
+
+    def test_another_corpus_gives_others(self, compiled, tiny_folder, tmp_path):
+        other = tmp_path / "other.safetensors"
+        codebook.compile_codebook(
+            made_up_corpus(seed=1), tiny_folder, other, layout=TINY_LAYOUT, options=OPTIONS
+        )
+        assert other.read_bytes() != compiled.read_bytes()
+
+    def test_nothing_else_is_left_behind(self, compiled):
+        assert [path.name for path in compiled.parent.iterdir()] == [compiled.name]
+
+    @pytest.mark.parametrize("kept", ["attacks", "benign"])
+    def test_too_little_text(self, corpus, tiny_folder, tmp_path, kept):
+        rows = [row for row in corpus.rows if row.attack == (kept == "attacks")]
+        few = dataclasses.replace(corpus, rows=rows)
+        with pytest.raises(InputError, match="at least 50 and 300 are needed"):
+            codebook.compile_codebook(
+                few, tiny_folder, tmp_path / "x", layout=TINY_LAYOUT, options=OPTIONS
+            )
+        assert not list(tmp_path.iterdir())
+
+    def test_recalibrating_changes_the_nulls_only(self, compiled, corpus, tmp_path):
+        from safetensors.numpy import load_file
+
+        out = tmp_path / "mine.safetensors"
+        ordinary = np.flatnonzero(~corpus.attack)
+        windows = Windows(
+            corpus.windows.x[corpus.windows.rows(ordinary)],
+            N_WINDOWS * np.arange(len(ordinary) + 1),
+        )
+        rows = [corpus.rows[t] for t in ordinary]
+        mine = Corpus(rows, windows, corpus.n_tokens[ordinary])
+        codebook.recalibrate(compiled, mine, out)
+        before, after = load_file(compiled), load_file(out)
+        changed = {name for name in before if not np.array_equal(before[name], after[name])}
+        assert before.keys() == after.keys()
+        assert changed <= {"null_knots", "null_values", "novelty_knots", "novelty_values"}
+        assert "null_knots" in changed
+        metadata = _core.inspect_codebook(str(out))
+        assert json.loads(metadata["null_calibration"])["rows"] == len(rows)
+
+    def test_recalibrating_needs_enough_text(self, compiled, corpus, tmp_path):
+        few = dataclasses.replace(corpus, rows=corpus.rows[:299])
+        with pytest.raises(InputError, match="299 texts: at least 300"):
+            codebook.recalibrate(compiled, few, tmp_path / "mine.safetensors")
+
+
+@pytest.fixture(scope="module")
+def report(corpus):
+    return evaluate(corpus, OPTIONS, detector="tiny")
+
+
+class TestEvaluate:
+    def test_the_keys(self, report):
+        keys = "folds mean_auroc worst_auroc mean_tpr_at_1pct_fpr benign detector rows origins"
+        assert set(keys.split()) <= report.keys()
+        assert json.loads(json.dumps(report, allow_nan=False)) == report
+        rates = next(iter(report["benign"].values()))
+        assert {"rows", "suspicious", "dangerous"} <= rates.keys()
+
+    def test_separable_attacks_are_found(self, report):
+        assert report["worst_auroc"] <= report["mean_auroc"] <= 1
+        assert report["worst_auroc"] > 0.9
+
+    def test_what_cannot_be_told_apart_is_not(self):
+        report = evaluate(made_up_corpus(separation=0.0), OPTIONS, detector="tiny")
+        assert 0.3 < report["mean_auroc"] < 0.7
+
+    def test_the_table_names_every_source(self, report, corpus):
+        text = table(report)
+        for source in set(corpus.sources[~corpus.attack]):
+            assert source in text
+
+
+ROW = {"text": "a text", "label": 0}
+
+
+class TestCorpora:
+    def write(self, path: Path, *rows: object) -> Path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def test_folders_files_and_archives(self, tmp_path):
+        self.write(tmp_path / "one.jsonl", ROW, {"text": "b", "label": 1})
+        (tmp_path / "deep").mkdir()
+        with gzip.open(tmp_path / "deep" / "two.jsonl.gz", "wt") as file:
+            file.write(json.dumps({"text": "c", "label": 0, "source": "mine"}) + "\n\n")
+        rows = read_corpora([tmp_path])
+        assert sorted((row.text, row.attack, row.source) for row in rows) == [
+            ("a text", False, "one"),
+            ("b", True, "one"),
+            ("c", False, "mine"),
+        ]
+        assert read_corpora([tmp_path / "one.jsonl"]) == [r for r in rows if r.source == "one"]
+
+    def test_repeated_texts_are_kept_once(self, tmp_path):
+        path = self.write(tmp_path / "a.jsonl", ROW, ROW)
+        assert len(read_corpora([path, path])) == 1
+
+    def test_what_is_left_out(self, tmp_path):
+        harmful = {"text": "b", "label": 1, "kind": "harmful_request"}
+        path = self.write(tmp_path / "a.jsonl", harmful, {"text": "  ", "label": 0}, ROW)
+        assert [row.text for row in read_corpora([path])] == ["a text"]
+
+    @pytest.mark.parametrize(
+        ("row", "problem"),
+        [
+            ([], "not a JSON object with text and label"),
+            ({"text": "a"}, "not a JSON object with text and label"),
+            ({"text": 5, "label": 0}, "text must be a string"),
+            ({"text": "a", "label": 2}, "label 0 or 1"),
+            ({"text": "a", "label": "1"}, "label 0 or 1"),
+            ({"text": "a", "label": 0, "origin": "tool"}, "origin must be"),
+        ],
+    )
+    def test_a_bad_row_is_named(self, tmp_path, row, problem):
+        path = self.write(tmp_path / "a.jsonl", ROW, row)
+        with pytest.raises(InputError, match=rf"a\.jsonl:2: .*{problem}"):
+            read_corpora([path])
+
+    @pytest.mark.parametrize("data", [b"{", b"\xff\xfe", b"null\n", b"\x00"])
+    def test_bytes_that_are_no_rows(self, tmp_path, data):
+        (tmp_path / "a.jsonl").write_bytes(data)
+        with pytest.raises(InputError, match=r"a\.jsonl"):
+            read_corpora([tmp_path])
+
+    def test_a_damaged_archive(self, tmp_path):
+        data = gzip.compress(json.dumps(ROW).encode() * 50)
+        for number, bad in enumerate((data[:-9], b"plain", data[:20])):
+            path = tmp_path / f"{number}.jsonl.gz"
+            path.write_bytes(bad)
+            with pytest.raises(InputError, match="cannot be read"):
+                read_corpora([path])
+
+    def test_a_folder_without_rows_and_a_missing_file(self, tmp_path):
+        with pytest.raises(InputError, match="holds no"):
+            read_corpora([tmp_path])
+        with pytest.raises(InputError, match="cannot be read"):
+            read_corpora([tmp_path / "none.jsonl"])
+
+    def test_the_digest_depends_on_all_that_matters(self):
+        row = Row("a", False, "benign", "s", "user")
+        others = [{"text": "b"}, {"attack": True}, {"source": "t"}, {"origin": None}]
+        digests = {sha256_of([dataclasses.replace(row, **change)]) for change in others}
+        assert len(digests | {sha256_of([row])}) == 5
+
+
+TEXTS = [*BENIGN, *ordinary_sentences(160), "a" * 300]
+
+
+class Interrupted(Exception):
+    """What stops a run in the tests."""
+
+
+class CountingReader:
+    """A reader that counts the texts it reads and may be stopped after some."""
+
+    def __init__(self, reader: _core.Reader, stop_after: int | None = None):
+        self.reader, self.stop_after, self.read = reader, stop_after, 0
+        self.engine = reader.engine
+        self.count_tokens = reader.count_tokens
+
+    def window_means(self, texts, **options):
+        if self.stop_after is not None and self.read + len(texts) > self.stop_after:
+            raise Interrupted
+        self.read += len(texts)
+        return self.reader.window_means(texts, **options)
+
+
+@pytest.fixture(scope="module")
+def reader(tiny_folder):
+    return _core.Reader(str(tiny_folder), list(SITES))
+
+
+class TestActivations:
+    def windows(self, reader, cache: Path, texts=None, key: str = "key"):
+        return read_windows(texts or TEXTS, reader, TINY_LAYOUT, key=key, cache=cache)
+
+    def test_windows_are_those_of_the_engine(self, reader, tmp_path):
+        store = self.windows(reader, tmp_path)
+        assert len(store.starts) == len(TEXTS) + 1
+        options = {**LAYOUT, "max_tokens": 1024}
+        for text in (0, 5, 20, len(TEXTS) - 1):
+            (expected,) = reader.window_means([TEXTS[text]], **options)
+            own = store.data[store.starts[text] : store.starts[text + 1]]
+            np.testing.assert_allclose(own, expected, rtol=2e-3, atol=2e-3)
+            assert store.n_tokens[text] == reader.count_tokens(TEXTS[text])
+        assert store.text_of_window().tolist() == sorted(store.text_of_window())
+
+    def test_what_was_read_is_not_read_again(self, reader, tmp_path):
+        first = self.windows(reader, tmp_path)
+        counting = CountingReader(reader)
+        again = self.windows(counting, tmp_path, [*reversed(TEXTS), "new"])
+        assert counting.read == 1
+        own = again.data[again.starts[len(TEXTS) - 1] : again.starts[len(TEXTS)]]
+        np.testing.assert_array_equal(own, first.data[: first.starts[1]])
+
+    def test_an_interrupted_run_goes_on_where_it_stopped(self, reader, tmp_path):
+        stopped = CountingReader(reader, stop_after=130)
+        with pytest.raises(Interrupted):
+            self.windows(stopped, tmp_path)
+        assert stopped.read == 128
+        resumed = CountingReader(reader)
+        store = self.windows(resumed, tmp_path)
+        assert resumed.read == len(TEXTS) - 128
+        fresh = self.windows(reader, tmp_path / "fresh")
+        np.testing.assert_array_equal(store.data, fresh.data)
+        np.testing.assert_array_equal(store.starts, fresh.starts)
+
+    @pytest.mark.parametrize("torn", ["journal", "rows"])
+    def test_a_write_that_was_cut_off(self, reader, tmp_path, torn):
+        """Rows without a journal line are overwritten, and a line cut off is read again."""
+        self.windows(reader, tmp_path, TEXTS[:70])
+        (folder,) = tmp_path.iterdir()
+        if torn == "rows":
+            with (folder / "windows.f16").open("ab") as data:
+                data.write(b"\x01" * 77)
+        else:
+            journal = folder / "index.jsonl"
+            journal.write_bytes(journal.read_bytes()[:-9])
+        store = self.windows(reader, tmp_path)
+        fresh = self.windows(reader, tmp_path / "fresh")
+        np.testing.assert_array_equal(store.data, fresh.data)
+
+    def test_a_shortened_file_is_refused(self, reader, tmp_path):
+        self.windows(reader, tmp_path)
+        (folder,) = tmp_path.iterdir()
+        data = folder / "windows.f16"
+        data.write_bytes(data.read_bytes()[:-2])
+        with pytest.raises(InputError, match=r"shorter than its index: delete"):
+            self.windows(reader, tmp_path)
+
+    def test_other_settings_have_a_cache_of_their_own(self, reader, tmp_path):
+        self.windows(reader, tmp_path, TEXTS[:3])
+        counting = CountingReader(reader)
+        self.windows(counting, tmp_path, TEXTS[:3], key="another detector")
+        assert counting.read == 3
+        assert len(list(tmp_path.iterdir())) == 2
