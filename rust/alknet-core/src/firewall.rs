@@ -2,7 +2,8 @@
 //!
 //! Every text gives one or more views (raw, normalised, decoded), every view one or more segments,
 //! every segment one piece of work for the engine. Pieces of all texts of a batch share passes. The
-//! smallest p-value wins, corrected for the number of looks that were taken.
+//! smallest p-value wins, corrected for the number of segments and of origins read. It is not corrected
+//! for views: ordinary text has one, and a disguise must not buy its way down by adding more.
 
 use std::{ops::Range, path::Path, sync::Arc};
 
@@ -217,12 +218,11 @@ impl Firewall {
     /// Combines all looks at one text into its alarm.
     pub(crate) fn verdict(&self, case: &Case<'_>) -> Result<Alarm> {
         let origins = self.origins(case.input.origin);
-        let looks = Looks { origins: origins.len(), views: case.views.len().max(1) };
         let mut worst = Judgement::ordinary(self.codebook.origins[origins[0]]);
         for piece in &case.pieces {
             let pieces = case.views[piece.view].pieces;
             for window in &piece.windows {
-                worst = worst.min(self.judge(window, &origins, looks, pieces));
+                worst = worst.min(self.judge(window, &origins, pieces));
             }
         }
         if case.hidden_text.is_some() {
@@ -241,7 +241,7 @@ impl Firewall {
         }
         let (signals, spans) = match level {
             AlarmLevel::Clear => (Vec::new(), Vec::new()),
-            _ => self.explain(case, &origins, looks),
+            _ => self.explain(case, &origins),
         };
         Ok(Alarm {
             level,
@@ -267,18 +267,11 @@ impl Firewall {
     }
 
     /// p-values of the text if this window were its worst.
-    fn judge(
-        &self,
-        window: &WindowScore,
-        origins: &[usize],
-        looks: Looks,
-        pieces: usize,
-    ) -> Judgement {
+    fn judge(&self, window: &WindowScore, origins: &[usize], pieces: usize) -> Judgement {
         let worst = |a: usize, b: usize| if window.attack[b] > window.attack[a] { b } else { a };
         let origin = origins.iter().copied().reduce(worst).unwrap_or(0);
-        let looks_at_attack = looks.origins * looks.views * pieces;
-        let attack = score::corrected_p(window.attack[origin], looks_at_attack);
-        let novelty = score::corrected_p(window.novelty, looks.views * pieces);
+        let attack = score::corrected_p(window.attack[origin], origins.len() * pieces);
+        let novelty = score::corrected_p(window.novelty, pieces);
         let by_attack = attack / (1.0 - NOVELTY_SHARE);
         let by_novelty = (novelty / NOVELTY_SHARE).max(NOVELTY_FLOOR);
         Judgement {
@@ -290,12 +283,7 @@ impl Firewall {
     }
 
     /// Behaviours that fired and where.
-    fn explain(
-        &self,
-        case: &Case<'_>,
-        origins: &[usize],
-        looks: Looks,
-    ) -> (Vec<Signal>, Vec<Span>) {
+    fn explain(&self, case: &Case<'_>, origins: &[usize]) -> (Vec<Signal>, Vec<Span>) {
         let mut signals: Vec<Signal> = Vec::new();
         let mut spans: Vec<Span> = Vec::new();
         if let Some(bytes) = case.hidden_text.clone() {
@@ -306,7 +294,7 @@ impl Firewall {
         for piece in &case.pieces {
             let Reading { view, encoding, pieces } = &case.views[piece.view];
             for window in &piece.windows {
-                let judged = self.judge(window, origins, looks, *pieces);
+                let judged = self.judge(window, origins, *pieces);
                 let score = alarm::score(judged.p_value);
                 if self.thresholds.level(score) == AlarmLevel::Clear {
                     continue;
@@ -351,13 +339,6 @@ impl Firewall {
         raise(signals, strongest.0, sigmoid(strongest.1));
         strongest.0.to_owned()
     }
-}
-
-/// How many ways a text was looked at.
-#[derive(Debug, Clone, Copy)]
-struct Looks {
-    origins: usize,
-    views: usize,
 }
 
 /// p-values of a text, and the origin that gives the smaller.
