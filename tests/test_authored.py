@@ -142,7 +142,8 @@ def test_command_line_writes_one_file_per_group(tmp_path: Path) -> None:
     main(["--out", str(tmp_path), "--rows", "60", "--parts", "prose", "overrides"])
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["authored-overrides.jsonl", "authored-prose.jsonl"]
-    assert sum(1 for path in tmp_path.iterdir() for _ in path.open(encoding="utf-8")) == 60
+    texts = [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()]
+    assert sum(text.count("\n") for text in texts) == 60
 
 
 @pytest.mark.parametrize("name", ["trigger_words", "multilingual_benign"])
