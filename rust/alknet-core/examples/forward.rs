@@ -2,7 +2,7 @@
 //!
 //! Prints the time to load, then for several lengths the least and the median time of a pass up to
 //! layer 14, and with more than one caller the tokens per second of all of them together.
-#![expect(clippy::print_stdout, reason = "a program that prints")]
+#![expect(clippy::print_stdout, clippy::disallowed_methods, reason = "prints what it has timed")]
 
 use std::{
     error::Error,

@@ -25,6 +25,7 @@ fn golden(name: &str) -> PathBuf {
 
 /// A detector packed from the file that the golden numbers were made with: the folder that
 /// `ALKNET_TEST_DETECTOR` names, or the packaged one. Without it, says so and returns `None`.
+#[expect(clippy::disallowed_methods, reason = "how a test is told where its weights are")]
 fn detector() -> Option<PathBuf> {
     let packaged = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../python/alknet_firewall/detectors/smollm2-135m-instruct");

@@ -240,6 +240,7 @@ fn refuses_what_it_cannot_read() {
 #[test]
 #[ignore = "needs a detector folder in ALKNET_TEST_DETECTOR, and half a minute"]
 #[expect(clippy::print_stderr, reason = "the figures are what this run is for")]
+#[expect(clippy::disallowed_methods, reason = "how a run by hand is told where its weights are")]
 fn keeps_the_activations_of_a_real_model() {
     let folder = std::env::var("ALKNET_TEST_DETECTOR").expect("ALKNET_TEST_DETECTOR is a folder");
     let folder = Path::new(&folder);
