@@ -15,9 +15,11 @@ Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-__all__ = ["ORIGINS", "Corpus", "cross_fit", "folds_of"]
+__all__ = ["ORIGINS", "Corpus", "cross_fit", "folds_of", "is_authored"]
 
 ORIGINS = ("user", "document")
+
+_AUTHORED_FOLDS = 3
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,30 @@ class Corpus:
 def folds_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Sources that are left out together.
 
-    The known public sources keep their folds; the others are dealt out in order of name, those
-    with attacks and those without separately, so that every fold has both.
+    The known public sources keep their folds; others are dealt out to them in order of name, those
+    with attacks and those without separately, so that every fold has both. Text that was written
+    for this project forms folds of its own: it may always help to judge other people's text.
     """
     present = {row.source for row in rows}
     attacks = {row.source for row in rows if row.attack}
+    own = {source for source in present if is_authored(source)}
     known = {source for fold in FOLDS for source in fold}
-    folds: list[list[str]] = [[s for s in fold if s in present] for fold in FOLDS]
-    for own in (sorted((present & attacks) - known), sorted(present - attacks - known)):
-        for i, source in enumerate(own):
+    folds = [[s for s in fold if s in present] for fold in FOLDS]
+    _deal(folds, present - own - known, attacks)
+    authored: list[list[str]] = [[] for _ in range(_AUTHORED_FOLDS)]
+    _deal(authored, own, attacks)
+    return [tuple(fold) for fold in folds + authored if fold]
+
+
+def is_authored(source: str) -> bool:
+    """Whether a source was written for this project."""
+    return source.startswith("authored")
+
+
+def _deal(folds: list[list[str]], sources: set[str], attacks: set[str]) -> None:
+    for part in (sorted(sources & attacks), sorted(sources - attacks)):
+        for i, source in enumerate(part):
             folds[i % len(folds)].append(source)
-    return [tuple(fold) for fold in folds if fold]
 
 
 def cross_fit(
