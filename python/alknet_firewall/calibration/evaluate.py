@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
-from .crossfit import ORIGINS, Corpus, cross_fit, folds_of, is_authored
+from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
 from .fit import FitOptions
 from .null import length_class, null_splines, pchip_linear_above
 
@@ -39,7 +39,7 @@ def evaluate(
     Returns
     -------
     dict
-        ``folds`` (per fold of other people's sources: names, numbers of texts, AUROC and TPR at 1 % false positives),
+        ``folds`` (per fold: sources, numbers of texts, AUROC and TPR at 1 % false positives),
         ``mean_auroc``, ``worst_auroc``, ``mean_tpr_at_1pct_fpr``, all three with the origin unknown;
         ``origins`` (the same per origin, on the rows of that origin); ``benign`` (per source:
         rows, share SUSPICIOUS or worse, share DANGEROUS); ``attacks`` (per source and kind: rows,
@@ -112,17 +112,16 @@ def _corrected(x: Array, looks: int) -> Array:
 
 def _measure(corpus: Corpus, x: Array, folds: list[Bools], own: Bools) -> dict[str, Any]:
     attack = corpus.attack
-    rows = []
+    rows: list[dict[str, Any]] = []
     for held in folds:
         these = held & own
         positive, negative = x[these & attack], x[these & ~attack]
-        sources = sorted(set(corpus.sources[these]))
-        if len(positive) < 10 or len(negative) < 20 or all(map(is_authored, sources)):
+        if len(positive) < 10 or len(negative) < 20:
             continue
         threshold = np.quantile(negative, 0.99)
         rows.append(
             {
-                "sources": sources,
+                "sources": sorted(set(corpus.sources[these])),
                 "attacks": len(positive),
                 "benign": len(negative),
                 "auroc": float(roc_auc_score(attack[these], x[these])),
@@ -156,7 +155,7 @@ def _rates(corpus: Corpus, x: Array, texts: Bools, *, with_kind: bool) -> dict[s
 
 def _reliability(x: Array) -> list[dict[str, float]]:
     """Nominal against observed false-positive rates, with 95 % Wilson intervals."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for nominal in (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001):
         n, hits = len(x), int((x >= -np.log10(nominal)).sum())
         z, observed = 1.96, hits / max(n, 1)
