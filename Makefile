@@ -40,7 +40,7 @@ $(VENV)/.tools: pyproject.toml
 
 # The package, importable from the source tree.
 $(EXTENSION): $(VENV)/.tools $(RUST_SOURCES)
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop -q --release --group build
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) PIP_QUIET=1 $(VENV)/bin/maturin develop -q --release --group build
 	touch $@
 
 # The packed weights of the embedded detector, derived from the pinned source.
