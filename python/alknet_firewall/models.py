@@ -83,7 +83,9 @@ class TorchModel:
         self._layers = _layers(sites)
         config = model.config
         if max(self._layers) >= config.num_hidden_layers - 1:
-            raise ModelLoadError("the last layer's hidden state is final-normed: use an earlier one")
+            raise ModelLoadError(
+                "the last layer's hidden state is final-normed: use an earlier one"
+            )
         self.sites = list(sites)
         self.hidden_size: int = config.hidden_size
         self.max_position_embeddings: int = config.max_position_embeddings

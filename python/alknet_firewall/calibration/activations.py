@@ -1,4 +1,4 @@
-"""Window means of activations, cached on disk so that an interrupted run goes on where it stopped."""
+"""Window means of activations, cached on disk: an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Layout", "WindowStore", "read_windows"]
 
 Progress = Callable[[str, int, int | None], None]
 
-# Texts handed to the engine at once: enough to fill its passes, few enough to lose little on a stop.
+# Texts handed to the engine at once: enough to fill its passes, few enough to lose little.
 _BATCH = 64
 
 

@@ -132,14 +132,14 @@ def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
     directions = json.loads(metadata["directions"])
     origins = json.loads(metadata["origins"])
     statistics = np.stack(
-        [
-            _largest(corpus, _scored_logits(z, tensors, directions, origin)) for origin in origins
-        ]
+        [_largest(corpus, _scored_logits(z, tensors, directions, origin)) for origin in origins]
     )
     depth = _largest(corpus, _depth(z, tensors))
     classes = json.loads(metadata["length_classes"])
     if tuple(classes) != LENGTH_CLASSES:
-        raise InputError(f"the codebook has length classes {classes}, this library makes {LENGTH_CLASSES}")
+        raise InputError(
+            f"the codebook has length classes {classes}, this library makes {LENGTH_CLASSES}"
+        )
     sources = corpus.sources
     nulls = [null_splines(s, corpus.n_tokens, list(sources)) for s in statistics]
     novelty = null_splines(depth, corpus.n_tokens, list(sources))
@@ -223,9 +223,7 @@ def _best_windows(corpus: Corpus, texts: npt.NDArray[np.int64], logits: Array) -
     return np.array([starts[t] + int(logits[starts[t] : starts[t + 1]].argmax()) for t in texts])
 
 
-def _distributions(
-    corpus: Corpus, z: Array, benign: npt.NDArray[np.int64]
-) -> dict[str, Array]:
+def _distributions(corpus: Corpus, z: Array, benign: npt.NDArray[np.int64]) -> dict[str, Array]:
     """Distribution of every component over benign windows; texts weigh alike within a source."""
     rows = corpus.windows.rows(benign)
     lengths = np.diff(corpus.windows.starts)[benign]
@@ -305,7 +303,7 @@ def _write(out: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str])
 
 
 def _sorted_header(data: bytes) -> bytes:
-    """The same file with the keys of its header in order: the writer's order changes between runs."""
+    """The same file, the keys of its header in order: the writer's order changes between runs."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()

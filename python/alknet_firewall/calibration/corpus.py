@@ -24,7 +24,7 @@ FOLDS: tuple[tuple[str, ...], ...] = (
     ("inthewild_jailbreaks", "neuralchemy", "oss_docs_code", "security_docs"),
 )
 
-# Whose text the benign rows of these sources are; rows of other sources say so themselves, in `origin`.
+# Whose text the benign rows of these sources are; rows of others say so themselves, in `origin`.
 _SOURCE_ORIGINS = {
     "sep": "document",
     "agentdojo": "document",
@@ -71,7 +71,7 @@ class Row:
 
 
 def read_corpora(paths: Iterable[Path | str]) -> list[Row]:
-    """Read every ``*.jsonl`` and ``*.jsonl.gz`` below some folders (or such files), in order of name.
+    """Read every ``*.jsonl`` and ``*.jsonl.gz`` below some folders, or such files, in order.
 
     A row needs ``text`` and ``label`` (1 = attack); ``kind``, ``source`` (by default the file's
     name), ``origin``, ``family``, ``lang`` and ``pair`` are used where present. Rows of kind

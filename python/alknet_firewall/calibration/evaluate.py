@@ -1,8 +1,8 @@
 """How good the recipe is on sources it has never seen: leave-sources-out evaluation.
 
-Every text is judged by directions fitted without its fold of sources, and its p-value comes from the
-left-out benign texts of the other folds. What is measured is the recipe that compiles a codebook, on
-the same engine, windows and splines.
+Every text is judged by directions fitted without its fold of sources, and its p-value comes from
+the left-out benign texts of the other folds. What is measured is the recipe that compiles a
+codebook, on the same engine, windows and splines.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def evaluate(
     -------
     dict
         ``folds`` (per fold: sources, numbers of texts, AUROC and TPR at 1 % false positives),
-        ``mean_auroc``, ``worst_auroc``, ``mean_tpr_at_1pct_fpr``, all three with the origin unknown;
+        ``mean_auroc``, ``worst_auroc``, ``mean_tpr_at_1pct_fpr``, all with the origin unknown;
         ``origins`` (the same per origin, on the rows of that origin); ``benign`` (per source:
         rows, share SUSPICIOUS or worse, share DANGEROUS); ``attacks`` (per source and kind: rows,
         share SUSPICIOUS or worse); ``reliability`` (nominal against observed false positives with a
@@ -81,7 +81,8 @@ def table(report: Mapping[str, Any]) -> str:
     lines.append("benign source                      rows  SUSPICIOUS+  DANGEROUS")
     for source, rates in report["benign"].items():
         lines.append(
-            f"{source:<32} {rates['rows']:>6}  {rates['suspicious']:>10.2%}  {rates['dangerous']:>9.2%}"
+            f"{source:<32} {rates['rows']:>6}"
+            f"  {rates['suspicious']:>10.2%}  {rates['dangerous']:>9.2%}"
         )
     return "\n".join(lines)
 

@@ -218,7 +218,7 @@ def _whitener(
     scale: Array,
     options: FitOptions,
 ) -> Array:
-    """Matrix W ``(width, width)`` that whitens: rows of ``W @ x`` are uncorrelated within groups."""
+    """Matrix W ``(width, width)`` that whitens: ``W @ x`` is uncorrelated within groups."""
     own = [Moments.of(windows.x[rows]) for rows in _by_group(positives, attacks, groups).values()]
     enough = [m.covariance for m in own if m.n >= 8]
     covariance = benign_covariance

@@ -88,7 +88,9 @@ def null_spline(statistics: Array, weights: Array) -> tuple[Array, Array]:
     scale = max(excess, 1e-3 * spread)
     tail = start + scale * np.log(_TAIL_FROM / _TAIL_LEVELS)
     knots = np.concatenate([[x[0] - 1e-3 * spread], body, [start], tail])
-    values = np.concatenate([[0.0], -np.log10(_LEVELS), [-np.log10(_TAIL_FROM)], -np.log10(_TAIL_LEVELS)])
+    values = np.concatenate(
+        [[0.0], -np.log10(_LEVELS), [-np.log10(_TAIL_FROM)], -np.log10(_TAIL_LEVELS)]
+    )
     knots = _strictly_rising(knots, 1e-4 * spread)
     return _resample(knots, values)
 
@@ -107,7 +109,13 @@ def component_cdf(projections: Array, weights: Array) -> tuple[Array, Array]:
     order = np.argsort(projections)
     x, w = projections[order], weights[order] / weights.sum()
     below = np.cumsum(w) - 0.5 * w
-    values = np.concatenate([[0.001, 0.003, 0.01, 0.03], np.linspace(0.06, 0.94, N_KNOTS - 8), [0.97, 0.99, 0.997, 0.999]])
+    values = np.concatenate(
+        [
+            [0.001, 0.003, 0.01, 0.03],
+            np.linspace(0.06, 0.94, N_KNOTS - 8),
+            [0.97, 0.99, 0.997, 0.999],
+        ]
+    )
     knots = np.interp(values, below, x)
     knots = _strictly_rising(knots, 1e-5 * max(float(x[-1] - x[0]), 1e-6))
     first, last = PchipInterpolator(knots, values).derivative()(knots[[0, -1]])

@@ -93,7 +93,9 @@ def calibrate_null(
 ) -> Path:
     """Re-calibrate the null of a detector's codebook on one's own ordinary text."""
     metadata = _core.inspect_codebook(str(detector / CODEBOOK))
-    numbers = {n: int(metadata[n]) for n in ("window", "stride", "segment_tokens", "segment_overlap")}
+    numbers = {
+        n: int(metadata[n]) for n in ("window", "stride", "segment_tokens", "segment_overlap")
+    }
     layout = replace(Layout(), sites=tuple(metadata["sites"].split(",")), **numbers)
     corpus = load_corpus(detector, paths, layout, authored=False, progress=progress)
     recalibrate(detector / CODEBOOK, corpus, out)
