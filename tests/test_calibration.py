@@ -57,9 +57,22 @@ def corpus():
 class TestCrossFit:
     def test_folds_leave_out_whole_sources_once(self, corpus):
         folds = folds_of(corpus.rows)
-        assert sorted(source for fold in folds for source in fold) == sorted(set(corpus.sources))
-        attacks = {row.source for row in corpus.rows if row.attack}
-        assert sum(bool(set(fold) & attacks) for fold in folds) >= 4
+        assert (np.sum(folds, axis=0) == 1).all()
+        for held in folds:
+            assert not set(corpus.sources[held]) & set(corpus.sources[~held])
+        assert sum(bool(corpus.attack[held].any()) for held in folds) >= 4
+
+    def test_authored_text_is_left_out_row_by_row_pairs_together(self):
+        rows = [
+            Row(f"{name} {i} {attack}", attack, "x", "authored/mail", "document", pair=f"{i}")
+            for i in range(60)
+            for name, attack in (("clean", False), ("injected", True))
+        ]
+        folds = folds_of(rows)
+        assert len(folds) == 3
+        assert (np.sum(folds, axis=0) == 1).all()
+        for held in folds:
+            assert (held[::2] == held[1::2]).all()
 
     def test_attacks_of_left_out_sources_score_higher(self, corpus):
         scores = cross_fit(corpus, OPTIONS)
@@ -72,8 +85,7 @@ class TestCrossFit:
 
     def test_a_text_never_helps_to_judge_itself(self, corpus):
         """Other windows in one text of a fold leave the scores of all others in that fold."""
-        folds = folds_of(corpus.rows)
-        held = np.isin(corpus.sources, folds[0])
+        held = folds_of(corpus.rows)[0]
         changed = np.flatnonzero(held)[::2]
         x = corpus.windows.x.copy()
         x[corpus.windows.rows(changed)] += np.float16(1)

@@ -250,8 +250,7 @@ def _nulls(corpus: Corpus, left_out: Array) -> dict[str, Array]:
 def _novelty_null(corpus: Corpus, z: Array) -> dict[str, Array]:
     """Null of the novelty: every benign text against distributions without its fold."""
     depth = np.full(len(corpus.rows), np.nan)
-    for fold in folds_of(corpus.rows):
-        held = np.isin(corpus.sources, fold)
+    for held in folds_of(corpus.rows):
         others = _distributions(corpus, z, np.flatnonzero(~held & ~corpus.attack))
         depth[held] = _largest(corpus, _depth(z, others))[held]
     benign = np.flatnonzero(~corpus.attack)

@@ -15,7 +15,7 @@ from ..errors import InputError
 __all__ = ["FOLDS", "Row", "read_corpora", "row_from", "sha256_of"]
 
 # Public sources that are left out together when a detector is evaluated: each fold holds attack and
-# benign sources. Sources that are not listed form folds of their own (see `evaluate.folds_of`).
+# benign sources. How others are left out is in `crossfit.folds_of`.
 FOLDS: tuple[tuple[str, ...], ...] = (
     ("sep", "gsm8k", "peps"),
     ("agentdojo", "arena_hard_v01", "cse_codegen"),

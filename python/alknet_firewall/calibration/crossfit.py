@@ -1,9 +1,11 @@
-"""Left-out scores: every text judged by directions that have never seen its source."""
+"""Left-out scores: every text judged by directions that have never seen it or its source."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -30,17 +32,17 @@ class Corpus:
     windows: Windows
     n_tokens: Ints
 
-    @property
+    @cached_property
     def attack(self) -> Bools:
         """Bool ``(n_texts,)``."""
         return np.array([row.attack for row in self.rows])
 
-    @property
+    @cached_property
     def sources(self) -> npt.NDArray[np.str_]:
         """Names ``(n_texts,)``."""
         return np.array([row.source for row in self.rows])
 
-    @property
+    @cached_property
     def groups(self) -> list[tuple[str, str]]:
         """(source, kind) of every text."""
         return [(row.source, row.kind) for row in self.rows]
@@ -49,14 +51,14 @@ class Corpus:
         """Texts that could have this origin."""
         return np.flatnonzero([row.origin in (origin, None) for row in self.rows])
 
-    def benign_moments(self) -> dict[tuple[str, str], Moments]:
-        """Moments of the benign windows of every (source, kind)."""
-        texts: dict[tuple[str, str], list[int]] = {}
-        for t, row in enumerate(self.rows):
-            if not row.attack:
-                texts.setdefault((row.source, row.kind), []).append(t)
+    def benign_moments(self, texts: Ints | None = None) -> dict[tuple[str, str], Moments]:
+        """Moments of the benign windows of every (source, kind), over some texts or all."""
+        own: dict[tuple[str, str], list[int]] = {}
+        for t in range(len(self.rows)) if texts is None else texts:
+            if not self.rows[t].attack:
+                own.setdefault(self.groups[t], []).append(int(t))
         x = self.windows.x
-        return {g: Moments.of(x[self.windows.rows(np.array(own))]) for g, own in texts.items()}
+        return {g: Moments.of(x[self.windows.rows(np.array(ts))]) for g, ts in own.items()}
 
     def largest(self, directions: Directions, texts: Ints) -> Array:
         """Largest window logit of some texts, ``(len(texts),)``."""
@@ -67,33 +69,36 @@ class Corpus:
         return result
 
 
-def folds_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Sources that are left out together.
+def folds_of(rows: Sequence[Row]) -> list[Bools]:
+    """Rows that are left out together, as masks ``(n_texts,)`` that cover every row once.
 
-    The known public sources keep their folds; others are dealt out to them in order of name, those
-    with attacks and those without separately, so that every fold has both. Text that was written
-    for this project forms folds of its own: it may always help to judge other people's text.
+    Sources are left out whole. The known public ones keep their folds; others are dealt out to them
+    in order of name, those with attacks and those without separately, so that every fold has both.
+    Text that was written for this project stands for kinds of text rather than for a source, and
+    each kind is there once: a third of its rows is left out at a time, pairs together.
     """
-    present = {row.source for row in rows}
+    sources = {row.source for row in rows if not is_authored(row.source)}
     attacks = {row.source for row in rows if row.attack}
-    own = {source for source in present if is_authored(source)}
-    known = {source for fold in FOLDS for source in fold}
-    folds = [[s for s in fold if s in present] for fold in FOLDS]
-    _deal(folds, present - own - known, attacks)
-    authored: list[list[str]] = [[] for _ in range(_AUTHORED_FOLDS)]
-    _deal(authored, own, attacks)
-    return [tuple(fold) for fold in folds + authored if fold]
+    unknown = sources - {source for fold in FOLDS for source in fold}
+    folds = [[s for s in fold if s in sources] for fold in FOLDS]
+    for part in (sorted(unknown & attacks), sorted(unknown - attacks)):
+        for i, source in enumerate(part):
+            folds[i % len(folds)].append(source)
+    names = np.array([row.source for row in rows])
+    masks = [np.isin(names, fold) for fold in folds]
+    third = np.array([_third(row) if is_authored(row.source) else -1 for row in rows])
+    masks += [third == part for part in range(_AUTHORED_FOLDS)]
+    return [mask for mask in masks if mask.any()]
+
+
+def _third(row: Row) -> int:
+    key = f"{row.source}\0{row.pair}" if row.pair else row.text
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[0] % _AUTHORED_FOLDS
 
 
 def is_authored(source: str) -> bool:
     """Whether a source was written for this project."""
     return source.startswith("authored")
-
-
-def _deal(folds: list[list[str]], sources: set[str], attacks: set[str]) -> None:
-    for part in (sorted(sources & attacks), sorted(sources - attacks)):
-        for i, source in enumerate(part):
-            folds[i % len(folds)].append(source)
 
 
 def cross_fit(
@@ -112,12 +117,20 @@ def cross_fit(
     folds = folds_of(corpus.rows)
     moments = corpus.benign_moments()
     scores = np.full((len(ORIGINS), len(corpus.rows)), np.nan)
-    for f, fold in enumerate(folds):
-        held = np.isin(corpus.sources, fold)
+    for f, held in enumerate(folds):
+        # The rows of authored groups that are left out must not show in the groups' moments either.
+        split = set(corpus.sources[held]) & set(corpus.sources[~held])
+        rest = np.flatnonzero(~held & np.isin(corpus.sources, sorted(split)))
+        fold_moments = moments | corpus.benign_moments(rest)
         for o, origin in enumerate(ORIGINS):
             texts = corpus.of_origin(origin)
             fitted = fit_directions(
-                corpus.windows, corpus.attack, corpus.groups, texts[~held[texts]], options, moments
+                corpus.windows,
+                corpus.attack,
+                corpus.groups,
+                texts[~held[texts]],
+                options,
+                fold_moments,
             )
             scores[o, held] = corpus.largest(fitted, np.flatnonzero(held))
         if progress:

@@ -47,7 +47,7 @@ def evaluate(
         95 % interval); ``detector``, ``rows``.
     """
     logits = cross_fit(corpus, options, progress=progress)
-    folds = [np.isin(corpus.sources, fold) for fold in folds_of(corpus.rows)]
+    folds = folds_of(corpus.rows)
     x = np.stack([_log_p(corpus, logits[o], o, folds) for o in range(len(ORIGINS))])
     unknown = _corrected(x.max(axis=0), looks=len(ORIGINS))
     report = _measure(corpus, unknown, folds, np.ones(len(corpus.rows), dtype=bool))
