@@ -119,12 +119,13 @@ def component_cdf(projections: Array, weights: Array) -> tuple[Array, Array]:
     knots = np.interp(values, below, x)
     knots = _strictly_rising(knots, 1e-5 * max(float(x[-1] - x[0]), 1e-6))
     first, last = PchipInterpolator(knots, values).derivative()(knots[[0, -1]])
-    # An end interval much flatter than its neighbour gives an end slope of 0, and so no tail.
-    if first <= 0:
-        density = (values[2] - values[1]) / (knots[2] - knots[1])
+    # An end interval much flatter than its neighbour gives an end slope of 0, and so no tail; one
+    # barely above 0 would not survive being stored in single precision.
+    density = (values[2] - values[1]) / (knots[2] - knots[1])
+    if first <= 0.05 * density:
         knots[0] = knots[1] - 1.5 * (values[1] - values[0]) / density
-    if last <= 0:
-        density = (values[-2] - values[-3]) / (knots[-2] - knots[-3])
+    density = (values[-2] - values[-3]) / (knots[-2] - knots[-3])
+    if last <= 0.05 * density:
         knots[-1] = knots[-2] + 1.5 * (values[-1] - values[-2]) / density
     return knots, values
 
