@@ -1,8 +1,8 @@
 # `make demo` shows the firewall at work, `make test` checks everything, `make wheel` builds the wheel.
 #
-# Most of the time goes into candle. It is compiled twice: once for the extension of the working copy
-# and the Rust tests, which share profile and features, and once for the wheel, since Cargo keeps what
-# another linker is for apart.
+# Most of the time goes into compiling what candle and the tokenizer depend on. The extension of the
+# working copy and the Rust tests share most of it. The wheel starts anew, since Cargo keeps apart
+# what is for another linker (docs/decisions/0007-separate-linkers.md).
 
 PYTHON ?= python3
 
@@ -76,7 +76,7 @@ bench: $(WHEEL)
 # The summaries of the two runners, cargo's and pytest's, come last.
 test: check wheelhouse
 	cargo test --release --workspace
-	ALKNET_TEST_WHEEL="$$(echo dist/*.whl)" ALKNET_TEST_WHEELHOUSE=$(WHEELHOUSE) \
+	WHEEL_UNDER_TEST="$$(echo dist/*.whl)" WHEELHOUSE=$(WHEELHOUSE) \
 		$(TEST_VENV)/bin/python -m pytest
 
 check: check-rust check-python

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-WHEEL = os.environ.get("ALKNET_TEST_WHEEL")
-WHEELHOUSE = os.environ.get("ALKNET_TEST_WHEELHOUSE")
+WHEEL = os.environ.get("WHEEL_UNDER_TEST")
+WHEELHOUSE = os.environ.get("WHEELHOUSE")
 MAX_BYTES = 85_000_000
 
 pytestmark = pytest.mark.skipif(not WHEEL, reason="no wheel is given: `make test` builds one")
@@ -58,7 +58,8 @@ def run(command: list[object], *, network: bool = False) -> str:
     words = [str(word) for word in command]
     if not network and may_unshare():
         words = ["unshare", "--map-root-user", "--net", *words]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON"))}
+    foreign = ("ALKNET_", "PIP_", "PYTHON")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     done = subprocess.run(
         words, env=environment, capture_output=True, text=True, cwd="/", check=False
     )

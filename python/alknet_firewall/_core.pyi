@@ -5,6 +5,17 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "Firewall",
+    "Reader",
+    "Stream",
+    "__version__",
+    "build_info",
+    "fingerprint",
+    "inspect_codebook",
+    "pack_model",
+]
+
 __version__: str
 
 @final
