@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
-from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
+from .crossfit import ORIGINS, Corpus, cross_fit, folds_of, is_authored
 from .fit import FitOptions
 from .null import length_class, null_splines, pchip_linear_above
 
@@ -117,12 +117,13 @@ def _measure(corpus: Corpus, x: Array, folds: list[Bools], own: Bools) -> dict[s
     for held in folds:
         these = held & own
         positive, negative = x[these & attack], x[these & ~attack]
-        if len(positive) < 10 or len(negative) < 20:
+        sources = sorted(set(corpus.sources[these]))
+        if len(positive) < 10 or len(negative) < 20 or all(map(is_authored, sources)):
             continue
         threshold = np.quantile(negative, 0.99)
         rows.append(
             {
-                "sources": sorted(set(corpus.sources[these])),
+                "sources": sources,
                 "attacks": len(positive),
                 "benign": len(negative),
                 "auroc": float(roc_auc_score(attack[these], x[these])),
