@@ -64,9 +64,9 @@ wheelhouse: $(WHEEL) $(TEST_VENV)/.tools
 
 # --- what is shown ---------------------------------------------------------------------------------
 
-# The exit status of `screen` tells the worst level; 20, DANGEROUS, is what the examples hold.
+# The exit status of `screen` tells the worst level; the examples hold attacks, so it is 10 or 20.
 demo: $(WEIGHTS)
-	@$(VENV)/bin/alknet-firewall screen examples --spans || test $$? -eq 20
+	@$(VENV)/bin/alknet-firewall screen examples --spans || test $$? -ge 10
 
 bench: $(WHEEL)
 	benches/run.sh
