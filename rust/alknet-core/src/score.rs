@@ -78,8 +78,10 @@ fn score(
 
 /// How far into a tail of its distribution a value lies: 0 at the median, unbounded outwards.
 fn tail_depth(u: f64) -> f64 {
-    // A tail probability below the smallest float is as deep as it gets, not infinitely deep.
-    -(2.0 * u.min(1.0 - u)).max(f64::MIN_POSITIVE).ln()
+    let tail = 2.0 * u.min(1.0 - u);
+    // Below the smallest float it is as deep as it gets, not infinitely deep. `max` would do the same
+    // to NaN, which has to stay what it is.
+    -(if tail < f64::MIN_POSITIVE { f64::MIN_POSITIVE } else { tail }).ln()
 }
 
 /// `p` of the smallest of `looks` independent p-values, from the smallest one as `x = −log₁₀ p` (Šidák).
