@@ -71,7 +71,7 @@ def test_harmless_text_hides_nothing(tiny):
         assert "hidden_text" not in {signal.name for signal in alarm.signals}, row["name"]
 
 
-# What the released detector does not reach yet: it catches too few of these attacks even undisguised,
+# What the released detector does not reach yet: it catches too few attacks even undisguised,
 # and random characters read like an attack to it. README, "Limits".
 too_few_caught = pytest.mark.xfail(reason="the released detector catches too few plain attacks")
 random_characters = pytest.mark.xfail(reason="checksums read like an attack to this detector")
