@@ -142,36 +142,6 @@ impl NativeBackend {
         })
     }
 
-    /// Refuses what the model cannot read, before anything is computed.
-    fn check(&self, sequence: &Sequence<'_>) -> Result<()> {
-        let (past, new) = (sequence.cache.len(), sequence.input_ids.len());
-        if past + new > self.config.max_position_embeddings {
-            return Err(Error::Input(format!(
-                "{} tokens; the model reads at most {}",
-                past + new,
-                self.config.max_position_embeddings
-            )));
-        }
-        if let Some(id) =
-            sequence.input_ids.iter().find(|id| **id as usize >= self.config.vocab_size)
-        {
-            return Err(Error::Input(format!(
-                "token id {id} is outside the vocabulary of {}",
-                self.config.vocab_size
-            )));
-        }
-        let len = past * self.heads.kv_width();
-        let layers = &sequence.cache.layers;
-        let fits = layers.len() == self.blocks.len()
-            && layers.iter().all(|l| l.keys.len() == len && l.values.len() == len);
-        if !fits {
-            return Err(Error::Inference(
-                "the key/value cache is not one of this engine, or of a pass that failed".into(),
-            ));
-        }
-        Ok(())
-    }
-
     /// Takes the tokens of one chunk through all blocks.
     fn chunk(
         &self,
@@ -347,7 +317,7 @@ impl Backend for NativeBackend {
     }
 
     fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
-        batch.iter().try_for_each(|sequence| self.check(sequence))?;
+        batch.iter().try_for_each(|sequence| sequence.check(&self.config, self.blocks.len()))?;
         let mut start = (0, 0);
         while let Some((pieces, end)) = next_chunk(batch, start) {
             // One turn per chunk, so that a long text does not keep short ones waiting.
