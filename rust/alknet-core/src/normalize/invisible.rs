@@ -23,8 +23,6 @@ const MIN_HIDDEN_CHARS: usize = 4;
 pub(super) struct Visible {
     /// The text without them.
     pub(super) rewrite: Rewrite,
-    /// How many were taken out.
-    pub(super) removed: usize,
     /// What they spell, one text for each way of hiding.
     pub(super) hidden: Vec<(Encoding, Rewrite)>,
 }
@@ -54,7 +52,7 @@ pub(super) fn reveal(text: &str) -> Option<Visible> {
     while rest < text.len() {
         rest = scan.step(rest);
     }
-    (scan.visible.removed > 0).then(|| scan.finish())
+    (scan.visible.rewrite.text.len() < text.len()).then(|| scan.finish())
 }
 
 /// Whether nothing in `text` is invisible. ASCII is looked at without a branch for each byte.
@@ -170,7 +168,6 @@ impl<'a> Scan<'a> {
     }
 
     fn remove(&mut self, range: Range<usize>, c: char, kind: Kind) -> usize {
-        self.visible.removed += 1;
         match kind {
             Kind::Tag(byte) => self.tags.push(Unit::byte(range.clone(), byte)),
             Kind::Selector(byte) => self.selectors.push(Unit::byte(range.clone(), byte)),

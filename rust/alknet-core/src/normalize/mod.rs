@@ -164,9 +164,6 @@ pub struct Views {
     pub views: Vec<View>,
     /// What invisible characters spell.
     pub hidden_text: Option<HiddenText>,
-    /// Invisible characters that ordinary writing would not have, whether they spell something or
-    /// not.
-    pub invisible_chars: usize,
     /// Encoded text was found that exceeds the bounds of this module, and was not read.
     pub incomplete: bool,
 }
@@ -174,28 +171,27 @@ pub struct Views {
 /// The readings of `text`.
 pub fn views(text: &str) -> Views {
     let raw = View::raw(text);
-    let mut views =
-        Views { views: Vec::new(), hidden_text: None, invisible_chars: 0, incomplete: false };
-    let mut hidden = Vec::new();
-    let normalized = normalize(&raw, &mut views, &mut hidden);
+    let mut hidden = Hidden::default();
+    let normalized = normalize(&raw, &mut hidden);
     let mut decoded = Decoded::new(text.len());
-    for view in hidden {
+    for view in hidden.views {
         decoded.add(&view, 1);
         decoded.push(view);
     }
     decoded.add(normalized.as_ref().unwrap_or(&raw), 1);
-    views.incomplete = decoded.incomplete;
-    views.views = [raw].into_iter().chain(normalized).chain(decoded.views).collect();
-    views
+    Views {
+        hidden_text: hidden.text,
+        incomplete: decoded.incomplete,
+        views: [raw].into_iter().chain(normalized).chain(decoded.views).collect(),
+    }
 }
 
-/// Takes the disguises off; `None` if there are none. Reports what was invisible to `views` and
-/// `hidden`.
-fn normalize(raw: &View, views: &mut Views, hidden: &mut Vec<View>) -> Option<View> {
+/// Takes the disguises off; `None` if there are none. Reports what was invisible to `hidden`.
+fn normalize(raw: &View, hidden: &mut Hidden) -> Option<View> {
     let mut normal = raw.clone();
     let mut material = false;
     for _ in 0..MAX_PASSES {
-        let Some(pass) = pass(&normal, views, hidden) else { break };
+        let Some(pass) = pass(&normal, hidden) else { break };
         material |= pass.material;
         normal = pass.view;
     }
@@ -210,7 +206,7 @@ struct Pass {
 }
 
 /// Runs each step once; `None` if none changed anything.
-fn pass(view: &View, views: &mut Views, hidden: &mut Vec<View>) -> Option<Pass> {
+fn pass(view: &View, hidden: &mut Hidden) -> Option<Pass> {
     let mut pass = Pass { view: view.clone(), material: false };
     let mut changed = false;
     let mut apply = |pass: &mut Pass, rewrite: Option<Rewrite>, material: bool| {
@@ -220,8 +216,7 @@ fn pass(view: &View, views: &mut Views, hidden: &mut Vec<View>) -> Option<Pass> 
         changed = true;
     };
     if let Some(visible) = invisible::reveal(&pass.view.text) {
-        views.invisible_chars += visible.removed;
-        report_hidden(&pass.view, visible.hidden, views, hidden);
+        hidden.report(&pass.view, visible.hidden);
         apply(&mut pass, Some(visible.rewrite), true);
     }
     if let Some(compat) = compat::nfkc(&pass.view.text) {
@@ -234,25 +229,29 @@ fn pass(view: &View, views: &mut Views, hidden: &mut Vec<View>) -> Option<Pass> 
     changed.then_some(pass)
 }
 
-fn report_hidden(
-    base: &View,
-    found: Vec<(Encoding, Rewrite)>,
-    views: &mut Views,
-    hidden: &mut Vec<View>,
-) {
-    for (encoding, rewrite) in found {
-        let view = base.derive(ViewKind::Decoded(encoding), rewrite);
-        let original = view.to_original(0..view.text.len());
-        match &mut views.hidden_text {
-            None => views.hidden_text = Some(HiddenText { text: view.text.clone(), original }),
-            Some(report) => {
-                report.text.push('\n');
-                report.text.push_str(&view.text);
-                report.original = report.original.start.min(original.start)
-                    ..report.original.end.max(original.end);
+/// What invisible characters spell.
+#[derive(Default)]
+struct Hidden {
+    text: Option<HiddenText>,
+    views: Vec<View>,
+}
+
+impl Hidden {
+    fn report(&mut self, base: &View, found: Vec<(Encoding, Rewrite)>) {
+        for (encoding, rewrite) in found {
+            let view = base.derive(ViewKind::Decoded(encoding), rewrite);
+            let original = view.to_original(0..view.text.len());
+            match &mut self.text {
+                None => self.text = Some(HiddenText { text: view.text.clone(), original }),
+                Some(report) => {
+                    report.text.push('\n');
+                    report.text.push_str(&view.text);
+                    report.original = report.original.start.min(original.start)
+                        ..report.original.end.max(original.end);
+                }
             }
+            self.views.push(view);
         }
-        hidden.push(view);
     }
 }
 
