@@ -9,19 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from urllib.parse import unquote, urlsplit
+
+from local_server import Handler, LocalServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
-class HubServer:
+class HubServer(LocalServer):
     """The repository and its faults; a context manager that serves it on a free port.
 
     Attributes
@@ -58,30 +56,12 @@ class HubServer:
     delay: float = 0.0
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
 
-    def __enter__(self) -> HubServer:
-        state = self
-
-        class Handler(_Handler):
-            hub = state
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+    def handler(self) -> type[Handler]:
+        return _Handler
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        return self.address
 
     def downloads(self, file: str) -> list[str | None]:
         """Return the Range header of each GET of `file`."""
@@ -90,12 +70,9 @@ class HubServer:
         ]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: HubServer
+class _Handler(Handler):
+    state: HubServer
     protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -104,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        hub = self.hub
+        hub = self.state
         path = unquote(urlsplit(self.path).path)
         hub.log.append((self.command, path, self.headers.get("Range")))
         time.sleep(hub.delay)
@@ -122,9 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self._error(404, "")
 
     def _known(self, repo: str, revision: str) -> bool:
-        if repo != self.hub.repo:
+        if repo != self.state.repo:
             self._error(404, "RepoNotFound")
-        elif revision not in (self.hub.commit, *self.hub.branches):
+        elif revision not in (self.state.commit, *self.state.branches):
             self._error(404, "RevisionNotFound")
         else:
             return True
@@ -133,18 +110,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _listing(self, repo: str, kind: str, revision: str) -> None:
         if not self._known(repo, revision):
             return
-        hub = self.hub
+        hub = self.state
         if kind == "tree":
             document: object = [_tree_entry(name, data) for name, data in hub.files.items()]
         else:
             siblings = [{"rfilename": name} for name in hub.files]
             document = {"id": hub.repo, "sha": hub.commit, "siblings": siblings}
-        self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        self.send_body(200, headers, json.dumps(document).encode())
 
     def _file(self, repo: str, revision: str, name: str) -> None:
         if not self._known(repo, revision):
             return
-        hub = self.hub
+        hub = self.state
         if name not in hub.files or name in hub.lost:
             return self._error(404, "EntryNotFound")
         etag = hashlib.sha256(hub.files[name]).hexdigest()
@@ -163,25 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             status, data = 206, data[start:]
         cuts = hub.cut_after.get(name, []) if self.command == "GET" else []
-        self._send(status, data, headers, cuts.pop(0) if cuts else None)
+        self.send_body(status, headers, data, cuts.pop(0) if cuts else None)
 
     def _error(self, status: int, code: str) -> None:
-        self._send(status, b"", {"X-Error-Code": code} if code else {})
-
-    def _send(
-        self, status: int, body: bytes, headers: Mapping[str, str], cut: int | None = None
-    ) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if cut is None:
-            self.wfile.write(body)
-        else:
-            self.wfile.write(body[:cut])
-            self.close_connection = True
+        self.send_body(status, {"X-Error-Code": code} if code else {}, b"")
 
 
 def _tree_entry(name: str, data: bytes) -> dict[str, object]:

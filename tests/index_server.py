@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import threading
 import time
 import zipfile
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+
+from local_server import Handler, LocalServer
 
 
 def make_wheel(name: str, version: str, files: dict[str, bytes]) -> bytes:
@@ -31,7 +30,7 @@ def make_wheel(name: str, version: str, files: dict[str, bytes]) -> bytes:
 
 
 @dataclass
-class IndexServer:
+class IndexServer(LocalServer):
     """Serves one wheel on a free port; a context manager.
 
     Attributes
@@ -56,30 +55,12 @@ class IndexServer:
     delay: float = 0.0
     log: list[str] = field(default_factory=list)
 
-    def __enter__(self) -> IndexServer:
-        state = self
-
-        class Handler(_Handler):
-            index = state
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+    def handler(self) -> type[Handler]:
+        return _Handler
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}/simple"
+        return f"{self.address}/simple"
 
     @property
     def downloads(self) -> int:
@@ -87,29 +68,21 @@ class IndexServer:
         return sum(path.endswith(".whl") for path in self.log)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    index: IndexServer
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+class _Handler(Handler):
+    state: IndexServer
 
     def do_GET(self) -> None:
-        index = self.index
-        self.index.log.append(self.path)
+        index = self.state
+        index.log.append(self.path)
         if self.path == f"/simple/{index.package}/":
             sha256 = hashlib.sha256(index.wheel).hexdigest()
             link = f'<a href="/files/{index.filename}#sha256={sha256}">{index.filename}</a>'
-            self._send("text/html", f"<!DOCTYPE html><html><body>{link}</body></html>".encode())
+            page = f"<!DOCTYPE html><html><body>{link}</body></html>"
+            self.send_body(200, {"Content-Type": "text/html"}, page.encode())
         elif self.path == f"/files/{index.filename}":
             time.sleep(index.delay)
             body = index.wheel if index.served is None else index.served
-            self._send("application/octet-stream", body, index.cut_after)
+            headers = {"Content-Type": "application/octet-stream"}
+            self.send_body(200, headers, body, index.cut_after)
         else:
             self.send_error(404)
-
-    def _send(self, kind: str, body: bytes, cut: int | None = None) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[:cut])
