@@ -291,7 +291,14 @@ class Stream:
     def feed(self, chunk: str) -> Alarm:
         """Take the next piece; the alarm on what has been read so far is provisional.
 
-        The last word waits until it is complete. More text may raise the alarm or lower it.
+        The last word waits until it is complete; in scripts and codes without spaces at most 128
+        bytes and one token wait. Judged is what has a window of tokens (eight, for the embedded
+        detector). Disguises are looked for when a text has doubled, and from a kilobyte on with
+        every further one.
+
+        The alarm is the worst so far, each part judged as if nothing followed: more text never
+        lowers its level, and its spans are those of that part. `finish` has the verdict on the
+        whole, which may be milder.
 
         Raises
         ------

@@ -83,7 +83,7 @@ pub enum Reason {
     Empty,
     /// The text holds nothing but characters that the model has no tokens for.
     Unreadable,
-    /// Nothing of a stream has been read yet, since its first word is not complete.
+    /// Nothing of a stream has been judged yet, since less than a window of it has arrived.
     NotYetRead,
     /// Text beyond the limit of tokens was not read.
     NotFullyRead,
@@ -97,7 +97,7 @@ impl Reason {
         match self {
             Self::Empty => "the text is empty",
             Self::Unreadable => "the text holds nothing that the model can read",
-            Self::NotYetRead => "no complete word has arrived yet",
+            Self::NotYetRead => "too little has arrived to be judged",
             Self::NotFullyDecoded => "the text holds more encoded parts than are decoded",
             Self::NotFullyRead => "the text is longer than max_tokens and was not read to its end",
         }

@@ -14,7 +14,7 @@ use crate::{
     codebook::{Codebook, DirectionInfo, Fingerprint, Origin},
     error::{Error, Result},
     model::{Backend, TokenId, weights::Weights},
-    normalize::{self, HiddenText, View},
+    normalize::{self, HiddenText, View, ViewKind},
     project::Projector,
     reader::{Reader, ReaderOptions, passes, segments},
     score::{self, WindowScore},
@@ -167,15 +167,27 @@ impl Firewall {
     pub fn screen_batch(&self, inputs: &[Input<'_>]) -> Result<Vec<Alarm>> {
         let mut cases =
             inputs.iter().map(|input| self.prepare(input)).collect::<Result<Vec<_>>>()?;
-        let pieces: Vec<(usize, usize)> = cases
-            .iter()
-            .enumerate()
-            .flat_map(|(c, case)| (0..case.pieces.len()).map(move |p| (c, p)))
-            .collect();
-        for pass in passes(&pieces, |&(c, p)| cases[c].pieces[p].tokens.len()) {
-            self.pass(&mut cases, pass)?;
-        }
+        self.read(&mut cases)?;
         cases.iter().map(|case| self.verdict(case)).collect()
+    }
+
+    /// Judges a text by what it says besides what it shows: by its views other than the raw one.
+    /// `None` when there are none.
+    ///
+    /// # Errors
+    /// As [`Firewall::screen`].
+    pub(crate) fn screen_disguises(
+        &self,
+        text: &str,
+        origin: Option<Origin>,
+    ) -> Result<Option<Alarm>> {
+        let mut case = self.prepare(&Input { text, origin })?;
+        if case.is_plain() {
+            return Ok(None);
+        }
+        case.leave_out_raw();
+        self.read(std::slice::from_mut(&mut case))?;
+        self.verdict(&case).map(Some)
     }
 
     /// Views, tokens and pieces of one text.
@@ -201,6 +213,22 @@ impl Firewall {
             case.add(view, encoding, &self.codebook);
         }
         Ok(case)
+    }
+
+    /// Reads all pieces that have not been read yet, in shared passes.
+    pub(crate) fn read(&self, cases: &mut [Case<'_>]) -> Result<()> {
+        let unread = |(c, case): (usize, &Case<'_>)| {
+            let windows = case.pieces.iter().map(|piece| &piece.windows).enumerate();
+            windows
+                .filter(|(_, windows)| windows.is_empty())
+                .map(|(p, _)| (c, p))
+                .collect::<Vec<_>>()
+        };
+        let pieces: Vec<(usize, usize)> = cases.iter().enumerate().flat_map(unread).collect();
+        for pass in passes(&pieces, |&(c, p)| cases[c].pieces[p].tokens.len()) {
+            self.pass(cases, pass)?;
+        }
+        Ok(())
     }
 
     /// Runs the engine over some pieces and scores their windows.
@@ -415,36 +443,49 @@ impl<'a> Case<'a> {
         }));
     }
 
-    /// The raw view alone, its segments already scored; `arriving` says that more text may follow.
-    pub(crate) fn from_segments(
-        input: Input<'a>,
-        encoding: &Encoding,
-        segments: &[Segment],
-        arriving: bool,
-    ) -> Self {
-        let mut case = Self::new(input, None);
-        case.arriving = arriving;
-        case.n_tokens = encoding.input_ids.len();
-        let piece = |Segment { tokens, windows, .. }: &Segment| Piece {
-            view: 0,
-            tokens: tokens.clone(),
-            windows: windows.clone(),
-        };
-        case.pieces = segments.iter().map(piece).collect();
-        let read = segments.last().map_or(0, |segment| segment.tokens.end);
-        if let Some(&(start, _)) = encoding.offsets.get(read) {
-            case.unread_bytes = input.text.len() - start;
-        }
-        let (view, encoding) = (View::raw(input.text), encoding.clone());
-        case.views.push(Reading { view, encoding, pieces: segments.len() });
-        case
+    /// A text of `n_tokens` so far, to which more may be added; nothing of it has been read.
+    pub(crate) fn arriving(input: Input<'a>, n_tokens: usize, unread_bytes: usize) -> Self {
+        Self { arriving: true, n_tokens, unread_bytes, ..Self::new(input, None) }
     }
 
-    /// Whether the text has the raw view only, with exactly these tokens.
-    pub(crate) fn is_plain(&self, input_ids: &[TokenId]) -> bool {
-        let raw = |reading: &Reading| reading.encoding.input_ids == input_ids;
-        let hidden = self.hidden_text.is_some() || self.undecoded;
-        !hidden && self.views.len() == 1 && self.views.iter().all(raw)
+    /// Adds `segment` as one of `pieces`; `input.text` is what its tokens, at `offsets`, stand for.
+    pub(crate) fn add_segment(
+        &mut self,
+        segment: &Segment,
+        offsets: Vec<(usize, usize)>,
+        pieces: usize,
+    ) {
+        let tokens = 0..offsets.len();
+        let encoding = Encoding { input_ids: Vec::new(), offsets };
+        let view = self.views.len();
+        self.views.push(Reading { view: View::raw(self.input.text), encoding, pieces });
+        self.pieces.push(Piece { view, tokens, windows: segment.windows.clone() });
+    }
+
+    /// Tokens of the raw view, as far as they are to be read; `None` for a blank text.
+    pub(crate) fn raw_ids(&self) -> Option<&[TokenId]> {
+        let raw = self.views.first().filter(|reading| reading.view.kind == ViewKind::Raw);
+        raw.map(|reading| &reading.encoding.input_ids[..])
+    }
+
+    /// Takes over what has been read of the raw view, segment by segment from the first.
+    pub(crate) fn adopt(&mut self, segments: Vec<Segment>) {
+        for (piece, segment) in self.pieces.iter_mut().zip(segments) {
+            debug_assert_eq!((piece.view, &piece.tokens), (0, &segment.tokens));
+            piece.windows = segment.windows;
+        }
+    }
+
+    /// Whether what the text shows is all that it says.
+    fn is_plain(&self) -> bool {
+        let raw = |reading: &Reading| reading.view.kind == ViewKind::Raw;
+        !self.undecoded && self.hidden_text.is_none() && self.views.iter().all(raw)
+    }
+
+    /// Leaves the raw view unread.
+    fn leave_out_raw(&mut self) {
+        let views = &self.views;
+        self.pieces.retain(|piece| views[piece.view].view.kind != ViewKind::Raw);
     }
 
     /// Why the verdict is not simply that of the score.

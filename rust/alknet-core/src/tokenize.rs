@@ -45,6 +45,8 @@ pub struct Tokenizer {
     margin: Option<usize>,
     /// Bytes that no token stands for.
     missing: [bool; 256],
+    /// Tokens that are recognised inside the text.
+    added: Vec<String>,
 }
 
 impl Tokenizer {
@@ -60,7 +62,9 @@ impl Tokenizer {
     }
 
     fn new(inner: tokenizers::Tokenizer) -> Self {
-        Self { margin: margin(&inner), missing: missing_bytes(&inner), inner }
+        let added = inner.get_added_tokens_decoder().into_values().map(|token| token.content);
+        let added = added.collect();
+        Self { margin: margin(&inner), missing: missing_bytes(&inner), added, inner }
     }
 
     /// Tokenizes `text`, in time linear in its length but for words of many thousand characters,
@@ -72,15 +76,56 @@ impl Tokenizer {
         self.encode_in_parts(text, PART_BYTES)
     }
 
+    /// Tokenizes as much of a text that is still arriving as what follows will not change.
+    ///
+    /// Returns the tokens and the byte from which to go on when more has arrived. What is left are
+    /// the last word, up to two characters before it, and what may be the beginning of an added token;
+    /// but of more than `most_left` bytes the front is given out, too, if it is a token or more. In a
+    /// word of that length its tokens may, though hardly ever do, differ from those of the whole.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_arriving(&self, text: &str, most_left: usize) -> Result<(Encoding, usize)> {
+        let skipped = text.char_indices().rev().find(|&(_, c)| self.is_skipped(c));
+        let start = skipped.map_or(0, |(index, c)| index + c.len_utf8());
+        let mut result = self.encode(&text[..start])?;
+        let run = start..text.len();
+        let limit = Some(self.decided(text));
+        let mut end = self.encode_run(text, run, PART_BYTES, limit, &mut result)?;
+        if text.len() - end > most_left {
+            let front = self.encode(&text[end..])?;
+            let kept = whole_characters(&front, text.len() - end - most_left);
+            let shifted = front.offsets[..kept].iter().map(|&(a, b)| (end + a, end + b));
+            result.offsets.extend(shifted);
+            result.input_ids.extend(&front.input_ids[..kept]);
+            end += kept.checked_sub(1).map_or(0, |last| front.offsets[last].1);
+        }
+        Ok((result, end))
+    }
+
+    /// The byte of a text that is still arriving up to which its words are decided, where they end.
+    ///
+    /// Of what follows a word, two characters may matter (`'` and `'re`), and of what follows white
+    /// space whether it is more of it, a word or an added token.
+    fn decided(&self, text: &str) -> usize {
+        let two_characters = text.char_indices().rev().nth(1).map_or(0, |(index, _)| index);
+        let longest = self.added.iter().map(String::len).max().unwrap_or(0);
+        let near = char_boundary(text, text.len().saturating_sub(longest));
+        let begins_token =
+            |index: &usize| self.added.iter().any(|token| token.starts_with(&text[*index..]));
+        let added = text[near..].char_indices().map(|(i, _)| near + i).find(begins_token);
+        text[..two_characters.min(added.unwrap_or(text.len()))].trim_end().len()
+    }
+
     /// Tokenizes in parts of about `part_bytes` what lies between skipped characters.
     fn encode_in_parts(&self, text: &str, part_bytes: usize) -> Result<Encoding> {
         let mut result = Encoding::default();
         let mut start = 0;
         for (index, skipped) in text.char_indices().filter(|&(_, c)| self.is_skipped(c)) {
-            self.encode_run(text, start..index, part_bytes, &mut result)?;
+            self.encode_run(text, start..index, part_bytes, None, &mut result)?;
             start = index + skipped.len_utf8();
         }
-        self.encode_run(text, start..text.len(), part_bytes, &mut result)?;
+        self.encode_run(text, start..text.len(), part_bytes, None, &mut result)?;
         Ok(result)
     }
 
@@ -90,13 +135,17 @@ impl Tokenizer {
     }
 
     /// Adds the tokens of `text[run]`, each part continuing where the last settled word ended.
+    ///
+    /// With `decided` more of the run is to come, and only words that end up to there are added.
+    /// Returns where the last token ends.
     fn encode_run(
         &self,
         text: &str,
         run: Range<usize>,
         part_bytes: usize,
+        decided: Option<usize>,
         result: &mut Encoding,
-    ) -> Result<()> {
+    ) -> Result<usize> {
         let (mut start, mut len) = (run.start, part_bytes);
         while start < run.end {
             let margin = self.margin.filter(|_| run.end - start > len);
@@ -105,21 +154,22 @@ impl Tokenizer {
                 .inner
                 .encode(&text[start..end], false)
                 .map_err(|error| Error::Input(format!("the text cannot be tokenized: {error}")))?;
-            let (kept, read) = match margin {
+            let limit = margin.map_or(decided, |margin| Some(end.saturating_sub(margin)));
+            let (kept, read) = match limit {
                 None => (part.len(), end - start),
-                Some(margin) => settled(&part, (end - start).saturating_sub(margin)),
+                Some(limit) => settled(&part, limit.saturating_sub(start)),
             };
-            if read == 0 {
-                // One word fills the part; the smaller parts read in vain add a third at most.
-                len *= 4;
-                continue;
-            }
             result.input_ids.extend(&part.get_ids()[..kept]);
             let offsets = &part.get_offsets()[..kept];
             result.offsets.extend(offsets.iter().map(|&(a, b)| (start + a, start + b)));
-            (start, len) = (start + read, part_bytes);
+            start += read;
+            if margin.is_none() {
+                break;
+            }
+            // One word may fill the part; the smaller parts read in vain add a third at most.
+            len = if read == 0 { len * 4 } else { part_bytes };
         }
-        Ok(())
+        Ok(start)
     }
 }
 
@@ -130,6 +180,13 @@ fn settled(part: &tokenizers::Encoding, limit: usize) -> (usize, usize) {
         .rev()
         .find(|&i| words[i] != words[i - 1] && offsets[i - 1].1 <= limit)
         .map_or((0, 0), |i| (i, offsets[i - 1].1))
+}
+
+/// How many tokens end up to `limit` and share no character with the next one.
+fn whole_characters(encoding: &Encoding, limit: usize) -> usize {
+    let offsets = &encoding.offsets;
+    let apart = |i: usize| offsets.get(i).is_none_or(|next| offsets[i - 1].1 <= next.0);
+    (1..=offsets.len()).rev().find(|&i| offsets[i - 1].1 <= limit && apart(i)).unwrap_or(0)
 }
 
 /// The character boundary at or before `index`.
@@ -249,6 +306,36 @@ mod tests {
             let (text, tokenizer) = (pieces.concat(), tiny());
             let whole = tokenizer.encode_in_parts(&text, 1 << 20).unwrap();
             prop_assert_eq!(tokenizer.encode_in_parts(&text, part_bytes).unwrap(), whole);
+        }
+
+        #[test]
+        fn what_follows_changes_no_token_given_out(
+            pieces in prop::collection::vec(
+                prop_oneof![
+                    Just("the"), Just(" the"), Just(" "), Just("\n"), Just("'re"), Just("'"), Just("12"),
+                    Just("\u{4}"), Just("!"), Just("<|im_start|>"), Just("<|im_"), Just("é"), Just("👋"),
+                    Just("    "), Just("世界"), Just("\u{40000}"), Just("。"), Just("\u{200b}"),
+                ],
+                0..40,
+            ),
+        ) {
+            let (text, tokenizer) = (pieces.concat(), tiny());
+            let whole = tokenizer.encode(&text).unwrap();
+            for (cut, _) in text.char_indices() {
+                let (front, end) = tokenizer.encode_arriving(&text[..cut], usize::MAX).unwrap();
+                let kept = front.input_ids.len();
+                prop_assert_eq!(&front.input_ids[..], &whole.input_ids[..kept]);
+                prop_assert_eq!(&front.offsets[..], &whole.offsets[..kept]);
+                let rest = tokenizer.encode(&text[end..]).unwrap();
+                prop_assert_eq!(&rest.input_ids[..], &whole.input_ids[kept..]);
+            }
+        }
+
+        #[test]
+        fn little_is_left_of_any_text(text in "\\PC{0,80}|[a-z]{0,300}|(的|い){0,200}| {0,300}") {
+            let (front, end) = tiny().encode_arriving(&text, 32).unwrap();
+            prop_assert!(text.len() - end <= 32 + 4, "{} bytes of {:?}", text.len() - end, text);
+            prop_assert!(text.is_char_boundary(end) && front.offsets.iter().all(|o| o.1 <= end));
         }
     }
 }

@@ -1,6 +1,7 @@
 //! `Firewall` and `Stream`.
 
 use std::{
+    ops::Range,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -64,8 +65,10 @@ impl Firewall {
     ) -> PyResult<Bound<'py, PyTuple>> {
         let (py, text) = (text.py(), utf8(text)?);
         let origin = parse_origin(py, origin)?;
-        let alarm = enter_core(py, || self.0.screen(&text, origin))?;
-        to_tuple(py, &text, &alarm)
+        let alarm = enter_core(py, || {
+            Ok(in_characters(self.0.screen(&text, origin)?, &text, &Characters::new(&text)))
+        })?;
+        to_tuple(py, &alarm)
     }
 
     fn screen_batch<'py>(
@@ -82,15 +85,18 @@ impl Firewall {
         let alarms = enter_core(py, || {
             let inputs: Vec<_> =
                 texts.iter().zip(&origins).map(|(text, &origin)| Input { text, origin }).collect();
-            self.0.screen_batch(&inputs)
+            let alarms = self.0.screen_batch(&inputs)?.into_iter().zip(&texts);
+            let converted =
+                alarms.map(|(alarm, text)| in_characters(alarm, text, &Characters::new(text)));
+            Ok(converted.collect::<Vec<_>>())
         })?;
-        texts.iter().zip(&alarms).map(|(text, alarm)| to_tuple(py, text, alarm)).collect()
+        alarms.iter().map(|alarm| to_tuple(py, alarm)).collect()
     }
 
     #[pyo3(signature = (origin=None))]
     fn stream(&self, py: Python<'_>, origin: Option<&str>) -> PyResult<Stream> {
         let stream = core::Stream::new(self.0.clone(), parse_origin(py, origin)?);
-        Ok(Stream(Mutex::new(Some(stream))))
+        Ok(Stream(Mutex::new(Some((stream, Characters::new(""))))))
     }
 
     fn activations<'py>(&self, text: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
@@ -117,32 +123,33 @@ impl Firewall {
 
 /// A text that is still arriving.
 #[pyclass(frozen, module = "alknet_firewall._core")]
-pub(crate) struct Stream(Mutex<Option<core::Stream>>);
+pub(crate) struct Stream(Mutex<Option<(core::Stream, Characters)>>);
 
 #[pymethods]
 impl Stream {
     fn feed<'py>(&self, chunk: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyTuple>> {
         let (py, chunk) = (chunk.py(), utf8(chunk)?);
-        let (text, alarm) = enter_core(py, || {
+        let alarm = enter_core(py, || {
             let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             // A stream that fails is gone: what it has read is no longer known.
-            let mut stream = slot.take().ok_or_else(finished)?;
+            let (mut stream, mut characters) = slot.take().ok_or_else(finished)?;
             let alarm = stream.feed(&chunk)?;
-            let text = stream.text().to_owned();
-            *slot = Some(stream);
-            Ok((text, alarm))
+            characters.extend(stream.text());
+            let alarm = in_characters(alarm, stream.text(), &characters);
+            *slot = Some((stream, characters));
+            Ok(alarm)
         })?;
-        to_tuple(py, &text, &alarm)
+        to_tuple(py, &alarm)
     }
 
     fn finish<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let (text, alarm) = enter_core(py, || {
+        let alarm = enter_core(py, || {
             let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let stream = slot.take().ok_or_else(finished)?;
+            let (stream, characters) = slot.take().ok_or_else(finished)?;
             let text = stream.text().to_owned();
-            Ok((text, stream.finish()?))
+            Ok(in_characters(stream.finish()?, &text, &characters))
         })?;
-        to_tuple(py, &text, &alarm)
+        to_tuple(py, &alarm)
     }
 }
 
@@ -162,24 +169,19 @@ fn parse_origin(py: Python<'_>, origin: Option<&str>) -> PyResult<Option<Origin>
     }
 }
 
-/// The fields of an alarm in the order that `Alarm._from_core` takes them; spans in characters.
-fn to_tuple<'py>(py: Python<'py>, text: &str, alarm: &Alarm) -> PyResult<Bound<'py, PyTuple>> {
+/// The fields of an alarm in the order that `Alarm._from_core` takes them.
+fn to_tuple<'py>(py: Python<'py>, alarm: &Alarm) -> PyResult<Bound<'py, PyTuple>> {
     let level = match alarm.level {
         AlarmLevel::Clear => 0,
         AlarmLevel::Suspicious => 1,
         AlarmLevel::Dangerous => 2,
     };
     let signals: Vec<_> = alarm.signals.iter().map(|s| (s.name.as_str(), s.probability)).collect();
-    let mut characters = Characters::new(text);
     let spans: Vec<_> = alarm
         .spans
         .iter()
-        .map(|s| {
-            let (start, end) = (characters.at(s.bytes.start), characters.at(s.bytes.end));
-            (start, end, s.score, s.signal.as_str())
-        })
+        .map(|s| (s.bytes.start, s.bytes.end, s.score, s.signal.as_str()))
         .collect();
-    let unread = text[text.len() - alarm.unread_bytes..].chars().count();
     (
         level,
         alarm.score,
@@ -189,30 +191,47 @@ fn to_tuple<'py>(py: Python<'py>, text: &str, alarm: &Alarm) -> PyResult<Bound<'
         spans,
         alarm.origin.as_str(),
         alarm.n_tokens,
-        unread,
+        alarm.unread_bytes,
         alarm.reason.map(core::Reason::as_str),
     )
         .into_pyobject(py)
 }
 
-/// Turns ascending byte offsets into character offsets in one walk over the text.
-struct Characters<'a> {
-    text: &'a str,
-    byte: usize,
-    character: usize,
+/// The same alarm with characters, as Python counts them, in place of bytes.
+fn in_characters(mut alarm: Alarm, text: &str, characters: &Characters) -> Alarm {
+    for span in &mut alarm.spans {
+        let Range { start, end } = span.bytes;
+        span.bytes = characters.before(text, start)..characters.before(text, end);
+    }
+    let read = text.len() - alarm.unread_bytes;
+    alarm.unread_bytes = characters.before(text, text.len()) - characters.before(text, read);
+    alarm
 }
 
-impl<'a> Characters<'a> {
-    fn new(text: &'a str) -> Self {
-        Self { text, byte: 0, character: 0 }
+/// How many characters stand before every [`Characters::STEP`]th byte of a text, so that counting
+/// them takes no walk over all of it.
+struct Characters(Vec<usize>);
+
+impl Characters {
+    const STEP: usize = 4096;
+
+    fn new(text: &str) -> Self {
+        let mut characters = Self(vec![0]);
+        characters.extend(text);
+        characters
     }
 
-    fn at(&mut self, byte: usize) -> usize {
-        if byte < self.byte {
-            (self.byte, self.character) = (0, 0);
+    /// Takes in what has been added to the text.
+    fn extend(&mut self, text: &str) {
+        while self.0.len() * Self::STEP <= text.len() {
+            self.0.push(self.before(text, self.0.len() * Self::STEP));
         }
-        self.character += self.text[self.byte..byte].chars().count();
-        self.byte = byte;
-        self.character
+    }
+
+    /// Characters of `text` that start before byte `end`.
+    fn before(&self, text: &str, end: usize) -> usize {
+        let known = (end / Self::STEP).min(self.0.len() - 1);
+        let is_first = |byte: &&u8| !matches!(byte, 0x80..0xC0);
+        self.0[known] + text.as_bytes()[known * Self::STEP..end].iter().filter(is_first).count()
     }
 }

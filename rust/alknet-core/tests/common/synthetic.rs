@@ -1,5 +1,10 @@
 //! An engine without a model: the activations of a token are its own and a trace of those before it.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
 use alknet_core::{
     Error, Result,
     model::{Backend, KvCache, Sequence, Sink, Site, TokenId},
@@ -18,13 +23,15 @@ pub(crate) struct Synthetic {
     pub(crate) hidden_size: usize,
     pub(crate) max_position_embeddings: usize,
     pub(crate) loudness: Loudness,
+    /// Tokens read so far, by all sequences.
+    pub(crate) work: Arc<AtomicUsize>,
 }
 
 impl Synthetic {
     /// As `CodebookFile::valid` needs it.
     pub(crate) fn new(loudness: Loudness) -> Self {
         let sites = ["1.resid_post", "3.mlp_out"].map(|site| site.parse().unwrap()).to_vec();
-        Self { sites, hidden_size: 4, max_position_embeddings: 64, loudness }
+        Self { sites, hidden_size: 4, max_position_embeddings: 64, loudness, work: Arc::default() }
     }
 
     /// Activations of the last of `read`, at any site.
@@ -62,6 +69,7 @@ impl Backend for Synthetic {
 
     fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
         for (index, sequence) in batch.iter_mut().enumerate() {
+            self.work.fetch_add(sequence.input_ids.len(), Ordering::Relaxed);
             let past = sequence.cache.len();
             let read = &mut sequence.cache.input_ids;
             read.extend_from_slice(sequence.input_ids);
