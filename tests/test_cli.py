@@ -122,6 +122,20 @@ class TestScreen:
 
     def test_an_argument_that_can_name_no_file_is_a_text(self, run):
         assert run("screen", "a\x00b").exit_code == CLEAR
+        assert run("screen", "a" * 300 + "/b.txt").exit_code == CLEAR
+
+    @pytest.mark.parametrize("text", ["mail.txt", "folder/mail", ATTACK + ".txt", "-", ""])
+    def test_text_is_never_a_path(self, run, tmp_path, monkeypatch, text):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mail.txt").write_text(ATTACK)
+        result = run("screen", "--text", text)
+        assert result.exit_code == (DANGEROUS if ATTACK in text else CLEAR), result.output
+
+    @pytest.mark.parametrize(
+        "text", ["Hello.", "3.14", "Hello...", "wait...what?", "你好。", "a.txt b"]
+    )
+    def test_words_that_are_no_path(self, run, text):
+        assert run("screen", text).exit_code == CLEAR
 
 
 class TestErrors:
@@ -132,6 +146,22 @@ class TestErrors:
         assert result.exit_code == ERROR
         assert f"{path} is not UTF-8 text (byte 2)" in result.output
         assert run("screen", input=b"abc\xff").exit_code == ERROR
+
+    @pytest.mark.parametrize(
+        "path", ["mail.txt", "folder/", "./mail", "/no/where", "a\\b", ".env", "x.tar.gz", "a.7z"]
+    )
+    def test_a_path_that_is_not_there_is_not_screened_as_text(
+        self, run, tmp_path, monkeypatch, path
+    ):
+        monkeypatch.chdir(tmp_path)
+        result = run("screen", BENIGN[0], path)
+        assert result.exit_code == USAGE
+        assert "argument 2" in result.output
+        assert "--text" in result.output
+        assert "CLEAR" not in result.output
+
+    def test_text_without_a_text(self, run):
+        assert run("screen", "--text", input=BENIGN[0]).exit_code == USAGE
 
     def test_a_folder_without_files(self, run, tmp_path):
         (tmp_path / "empty").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ __all__ = ["main"]
 
 # Exit status of `screen`: what a shell script asks for. 1 and 2 stay errors and wrong usage.
 _EXIT = {AlarmLevel.CLEAR: 0, AlarmLevel.SUSPICIOUS: 10, AlarmLevel.DANGEROUS: 20}
+# A dot and a few letters or digits at the end, after a name or none: mail.txt, .env, a.tar.gz
+_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,9}$|\.7z$")
 _COLOURS = {
     AlarmLevel.CLEAR: "green",
     AlarmLevel.SUSPICIOUS: "yellow",
@@ -65,12 +68,14 @@ _origin_option = click.option(
 
 @main.command()
 @click.argument("inputs", nargs=-1, metavar="[TEXT|FILE|DIR|-]...")
+@click.option("--text", "as_text", is_flag=True, help="Every argument is a text, none a file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per text.")
 @click.option("--spans", is_flag=True, help="Also show what the alarm fired on.")
 @_origin_option
 @_detector_option
 def screen(
     inputs: tuple[str, ...],
+    as_text: bool,
     as_json: bool,
     spans: bool,
     origin: str | None,
@@ -78,12 +83,14 @@ def screen(
 ) -> None:
     """Screen texts, files, folders of files, or standard input (-, the default).
 
-    An argument that names a file or folder is read; any other is the text itself. The exit status
-    tells the worst level: 0 CLEAR, 10 SUSPICIOUS, 20 DANGEROUS; 1 is an error, 2 wrong usage.
+    An argument that names a file or folder is read; any other is the text itself. A single word
+    that looks like a path (mail.txt, folder/mail) but names no file is wrong usage: with --text all
+    arguments are texts. The exit status tells the worst level: 0 CLEAR, 10 SUSPICIOUS, 20
+    DANGEROUS; 1 is an error, 2 wrong usage.
     """
+    items = list(_literal(inputs) if as_text else _collect(inputs or ("-",)))
     firewall = Firewall(detector)
     worst = AlarmLevel.CLEAR
-    items = list(_collect(inputs or ("-",)))
     with _progress(len(items) > 20) as progress:
         for done, (name, read) in enumerate(items, 1):
             text = read()
@@ -94,9 +101,21 @@ def screen(
     sys.exit(_EXIT[worst])
 
 
-def _collect(inputs: tuple[str, ...]) -> Iterator[tuple[str | None, Callable[[], str]]]:
-    """Name (None for a text given as it is) and reader of everything to screen."""
-    for item in inputs:
+_Item = tuple[str | None, Callable[[], str]]
+"""Name (None for a text given as it is) and reader of something to screen."""
+
+
+def _literal(inputs: tuple[str, ...]) -> Iterator[_Item]:
+    if not inputs:
+        raise click.UsageError(
+            "--text needs a text as its argument; standard input needs no --text"
+        )
+    for text in inputs:
+        yield None, lambda text=text: text  # type: ignore[misc]
+
+
+def _collect(inputs: tuple[str, ...]) -> Iterator[_Item]:
+    for position, item in enumerate(inputs, 1):
         path = Path(item)
         if item == "-":
             yield "-", lambda: _decode(sys.stdin.buffer.read(), "standard input")
@@ -110,8 +129,22 @@ def _collect(inputs: tuple[str, ...]) -> Iterator[tuple[str | None, Callable[[],
                 yield str(file), lambda file=file: _read(file)  # type: ignore[misc]
         elif _exists(path):
             yield item, lambda path=path: _read(path)  # type: ignore[misc]
+        elif _looks_like_path(item):
+            # To screen the words "mail.txt" and say CLEAR would be taken for a word on the mail.
+            raise click.UsageError(
+                f"argument {position} looks like a path, but there is no such file or folder: "
+                "to screen the argument itself as a text use --text or standard input"
+            )
         else:
-            yield None, lambda item=item: item  # type: ignore[misc]
+            yield from _literal((item,))
+
+
+def _looks_like_path(item: str) -> bool:
+    """Whether an argument is one word with a separator or suffix, no longer than names may be."""
+    names = item.split("/")
+    if any(c.isspace() or c == "\0" for c in item) or any(len(name) > 255 for name in names):
+        return False
+    return len(names) > 1 or "\\" in item or _SUFFIX.search(item) is not None
 
 
 def _exists(path: Path) -> bool:
