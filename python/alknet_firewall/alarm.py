@@ -142,7 +142,8 @@ class Alarm:
         )
 
     def _at_least(self, level: AlarmLevel, reason: str) -> Alarm:
-        return replace(self, level=max(self.level, level), reason=self.reason or reason)
+        reasons = "; ".join(filter(None, (self.reason, reason)))
+        return replace(self, level=max(self.level, level), reason=reasons)
 
     def __bool__(self) -> bool:
         """Whether there is anything to worry about: true unless the level is CLEAR."""

@@ -13,6 +13,7 @@ from .alarm import Alarm, AlarmLevel, Origin, Thresholds
 from .config import FirewallConfig
 from .detector import find_detector
 from .errors import AlknetFirewallError, ConfigError, InputError
+from .messages import read_message
 from .models import DetectorModel
 
 if TYPE_CHECKING:
@@ -20,16 +21,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = ["Firewall", "Stream"]
-
-# Who writes what a chat message of this role holds. The owner's own prompts are read like a user's.
-_ROLE_ORIGINS: dict[str, Origin | None] = {
-    "system": "user",
-    "developer": "user",
-    "user": "user",
-    "assistant": None,
-    "tool": "document",
-    "function": "document",
-}
 
 
 class Firewall:
@@ -209,35 +200,45 @@ class Firewall:
         return self.screen(text, origin="document")
 
     def screen_messages(self, messages: Iterable[Mapping[str, Any]]) -> list[Alarm]:
-        """Screen chat messages, each with the origin that its role implies.
+        """Screen chat messages, everything in them with the origin that it has.
 
-        ``user``, ``system`` and ``developer`` messages are read as a user's text, ``tool`` and
-        ``function`` messages as documents, ``assistant`` messages as both.
+        Texts of ``user``, ``system`` and ``developer`` are read as a user's, those of ``tool`` and
+        ``function``, results of tools and attached documents as documents, and what the model wrote
+        (``assistant``, the arguments of tool calls) as both.
 
         Parameters
         ----------
         messages : iterable of mappings
-            With ``role`` and ``content``: a string, None, or a list of parts of which those with
-            ``text`` are screened. A message with other parts is at least SUSPICIOUS.
+            Messages of OpenAI's or Anthropic's chat API, or items of OpenAI's Responses API: a
+            ``role`` with ``content`` (a string, None, or a list of parts), ``tool_calls`` and so
+            on, or a ``type`` such as ``function_call_output``.
 
         Returns
         -------
         list of Alarm
-            One for each message.
+            One for each message. The texts of each origin in it are screened together, a line each,
+            and the worst alarm counts; its spans are characters of that text. A message with parts
+            that are no text (images, files) or not known is at least SUSPICIOUS and says so.
 
         Raises
         ------
         InputError
             If a message is not of this form or its role is unknown.
         """
-        parsed = [_parse_message(message) for message in messages]
-        origins = [origin for origin, _, _ in parsed]
-        alarms = self.screen_batch([text for _, text, _ in parsed], origin=origins)
+        readings = [read_message(message) for message in messages]
+        texts = [reading.texts() for reading in readings]
+        every = [text for own in texts for text in own]
+        alarms = iter(
+            self.screen_batch([text for _, text in every], origin=[origin for origin, _ in every])
+        )
         partly = "the message holds parts that are not text"
-        return [
-            alarm._at_least(AlarmLevel.SUSPICIOUS, partly) if other else alarm
-            for alarm, (_, _, other) in zip(alarms, parsed, strict=True)
-        ]
+        result = []
+        for reading, own in zip(readings, texts, strict=True):
+            worst = max((next(alarms) for _ in own), key=lambda alarm: (alarm.level, alarm.score))
+            if not reading.complete:
+                worst = worst._at_least(AlarmLevel.SUSPICIOUS, partly)
+            result.append(worst)
+        return result
 
     def stream(self, *, origin: Origin | None = None) -> Stream:
         """Start screening a text that arrives in pieces."""
@@ -335,20 +336,3 @@ def _checked(text: object) -> str:
     if not isinstance(text, str):
         raise InputError(f"a text must be str, not {type(text).__name__}: decode bytes first")
     return text
-
-
-def _parse_message(message: Mapping[str, Any]) -> tuple[Origin | None, str, bool]:
-    """Origin, text, and whether there are parts that are not text."""
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if not isinstance(role, str) or role not in _ROLE_ORIGINS:
-        known = ", ".join(_ROLE_ORIGINS)
-        raise InputError(f"a message needs a role, one of {known}; found {type(role).__name__}")
-    content = message.get("content")
-    if content is None:
-        return _ROLE_ORIGINS[role], "", False
-    if isinstance(content, str):
-        return _ROLE_ORIGINS[role], content, False
-    if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
-        raise InputError(f"content must be str or a list of parts, not {type(content).__name__}")
-    texts = [part["text"] for part in content if isinstance(part, Mapping) and "text" in part]
-    return _ROLE_ORIGINS[role], "\n".join(map(_checked, texts)), len(texts) < len(content)
