@@ -50,8 +50,7 @@ train tree two under up very walk was water we well went were what when where wh
 window winter with year you 12 40 7
 """
 _DIRECTIONS = [
-    {"name": "attack", "origin": "user", "scored": True},
-    {"name": "attack", "origin": "document", "scored": True},
+    {"name": "attack", "scored": True},
     {"name": "embedded_instruction", "origin": "document", "scored": True},
 ]
 
@@ -107,16 +106,16 @@ def write_codebook(
     z = (benign - mean) @ components.T
     spread = z.std(axis=0)
     # Benign windows measure 0.4 at most, attacks and orders 1: a logit of -6 and of 18.
-    weights = 40.0 * np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    weights = 40.0 * np.eye(2)
     tensors = {
         "mean": mean,
         "components": components,
         "cdf_knots": spread[:, None] * np.array([-3.0, 0.0, 3.0]),
         "cdf_values": np.tile([0.01, 0.5, 0.99], (2, 1)),
         "direction_weights": weights,
-        "direction_bias": np.full(3, -22.0),
-        "null_knots": np.tile(_NULL[0], (2, 2, 1)),
-        "null_values": np.tile(_NULL[1], (2, 2, 1)),
+        "direction_bias": np.full(2, -22.0),
+        "null_knots": np.tile(_NULL[0], (3, 2, 1)),
+        "null_values": np.tile(_NULL[1], (3, 2, 1)),
         "novelty_knots": np.tile(_NOVELTY[0], (2, 1)),
         "novelty_values": np.tile(_NOVELTY[1], (2, 1)),
     }
@@ -126,7 +125,7 @@ def write_codebook(
         "sites": ",".join(sites),
         "hidden_size": str(benign.shape[1] // len(sites)),
         "length_classes": "[16, 64]",
-        "origins": '["user", "document"]',
+        "origins": '["user", "document", null]',
         "directions": json.dumps(_DIRECTIONS),
         **{name: str(value) for name, value in LAYOUT.items()},
     }

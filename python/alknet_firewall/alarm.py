@@ -83,8 +83,8 @@ class Alarm:
         Behaviours that fired, most probable first; empty when CLEAR.
     spans : tuple of Span
         The characters they fired on, in order; empty when CLEAR.
-    origin : "user" or "document"
-        The origin given, or else the one as which the text is more alarming.
+    origin : "user", "document" or None
+        The origin given.
     n_tokens : int
         Tokens of the text.
     unread_chars : int
@@ -101,7 +101,7 @@ class Alarm:
     novelty_p_value: float
     signals: tuple[Signal, ...]
     spans: tuple[Span, ...]
-    origin: Origin
+    origin: Origin | None
     n_tokens: int
     unread_chars: int
     reason: str | None
@@ -134,7 +134,7 @@ class Alarm:
             novelty_p_value=1.0,
             signals=(),
             spans=(),
-            origin="document",
+            origin=None,
             n_tokens=0,
             unread_chars=unread_chars,
             reason=f"not screened: {type(error).__name__}: {error}",

@@ -23,21 +23,20 @@ from .fit import Directions, FitOptions, fit_directions
 from .null import LENGTH_CLASSES, component_cdf, null_splines
 
 Array = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 Progress = Callable[[str, int, int | None], None]
 
 __all__ = ["compile_codebook", "recalibrate"]
 
-# The scored direction of each origin, and the behaviours that explain it, by kind and family.
-_SCORED = {"user": "attack", "document": "embedded_instruction"}
-_EXPLAINED: dict[str, dict[str, Callable[[Row], bool]]] = {
-    "user": {
-        "instruction_override": lambda row: (
-            row.kind == "direct_injection" and "extraction" not in row.family
-        ),
-        "jailbreak": lambda row: row.kind == "jailbreak",
-        "extraction": lambda row: "extraction" in row.family,
-    },
-    "document": {},
+# The direction that is scored, and the behaviours that say what kind of attack it is.
+_SCORED = "attack"
+_BEHAVIOURS: dict[str, Callable[[Row], bool]] = {
+    "instruction_override": lambda row: (
+        row.kind == "direct_injection" and "extraction" not in row.family
+    ),
+    "embedded_instruction": lambda row: row.kind == "indirect_injection",
+    "jailbreak": lambda row: row.kind == "jailbreak",
+    "extraction": lambda row: "extraction" in row.family,
 }
 
 # Fewest attack texts from which a behaviour gets a direction of its own.
@@ -70,23 +69,22 @@ def compile_codebook(
     """
     _check(corpus)
     left_out = cross_fit(corpus, options, progress=progress)
-    moments = corpus.benign_moments()
-    fitted = [
-        fit_directions(
-            corpus.windows, corpus.attack, corpus.groups, corpus.of_origin(origin), options, moments
-        )
-        for origin in ORIGINS
-    ]
-    tensors = _projection(fitted)
+    fitted = fit_directions(
+        corpus.windows,
+        corpus.attack,
+        corpus.groups,
+        np.arange(len(corpus.rows)),
+        options,
+        corpus.benign_moments(),
+    )
+    tensors = {"mean": fitted.mean, "components": fitted.components}
     z = _projections(corpus, tensors)
     tensors |= _directions(corpus, fitted, z)
     tensors |= _distributions(corpus, z, np.flatnonzero(~corpus.attack))
     tensors |= _novelty_null(corpus, z)
     tensors |= _nulls(corpus, left_out)
-    directions = [
-        {"name": name, "origin": origin, "scored": scored}
-        for name, origin, scored in _direction_list(corpus)
-    ]
+    directions = [{"name": _SCORED, "scored": True}]
+    directions += [{"name": name, "scored": False} for name in _behaviours(corpus)]
     counts = Counter((row.source, row.kind) for row in corpus.rows)
     metadata = _core.fingerprint(str(detector)) | {
         "format_version": "1",
@@ -131,9 +129,9 @@ def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
     z = _projections(corpus, tensors)
     directions = json.loads(metadata["directions"])
     origins = json.loads(metadata["origins"])
-    statistics = np.stack(
-        [_largest(corpus, _scored_logits(z, tensors, directions, origin)) for origin in origins]
-    )
+    statistics = [
+        _largest(corpus, _scored_logits(z, tensors, directions, origin)) for origin in origins
+    ]
     depth = _largest(corpus, _depth(z, tensors))
     classes = json.loads(metadata["length_classes"])
     if tuple(classes) != LENGTH_CLASSES:
@@ -163,15 +161,6 @@ def _check(corpus: Corpus) -> None:
             )
 
 
-def _projection(fitted: Sequence[Directions]) -> dict[str, Array]:
-    """One projection for all origins: their components one after the other, about a common mean.
-
-    The origins' own means differ; the difference goes into the bias of their directions.
-    """
-    mean = np.mean([d.mean for d in fitted], axis=0)
-    return {"mean": mean, "components": np.concatenate([d.components for d in fitted])}
-
-
 def _projections(corpus: Corpus, tensors: Mapping[str, Array]) -> Array:
     """``(n_windows, n_components)``."""
     components = tensors["components"]
@@ -179,39 +168,28 @@ def _projections(corpus: Corpus, tensors: Mapping[str, Array]) -> Array:
     return every.project(corpus.windows.x)
 
 
-def _direction_list(corpus: Corpus) -> list[tuple[str, str, bool]]:
-    found = [(name, origin, True) for origin, name in _SCORED.items()]
-    for origin, behaviours in _EXPLAINED.items():
-        for name, belongs in behaviours.items():
-            if sum(belongs(row) for row in corpus.rows if row.attack) >= _MIN_EXAMPLES:
-                found.append((name, origin, False))
-    return found
+def _behaviours(corpus: Corpus) -> dict[str, Bools]:
+    """Behaviours with enough examples, and which texts are examples, ``(n_texts,)``."""
+    examples = {
+        name: np.array([row.attack and belongs(row) for row in corpus.rows])
+        for name, belongs in _BEHAVIOURS.items()
+    }
+    return {name: own for name, own in examples.items() if own.sum() >= _MIN_EXAMPLES}
 
 
-def _directions(corpus: Corpus, fitted: Sequence[Directions], z: Array) -> dict[str, Array]:
-    """Weights and bias of every direction, scored ones first."""
-    mean = np.mean([d.mean for d in fitted], axis=0)
-    n = sum(len(d.components) for d in fitted)
-    weights, bias, first = [], [], 0
-    for own in fitted:
-        row = np.zeros(n)
-        row[first : first + len(own.components)] = own.weights
-        weights.append(row)
-        bias.append(own.bias + float(own.weights @ (own.components @ (mean - own.mean))))
-        first += len(own.components)
-    scored = dict(zip(ORIGINS, range(len(fitted)), strict=True))
-    benign = np.flatnonzero(~corpus.attack)
-    for name, origin, is_scored in _direction_list(corpus):
-        if is_scored:
-            continue
-        logits = z @ weights[scored[origin]] + bias[scored[origin]]
-        belongs = _EXPLAINED[origin][name]
-        own_texts = [t for t, row in enumerate(corpus.rows) if row.attack and belongs(row)]
-        positive = _best_windows(corpus, np.array(own_texts), logits)
-        negative = _best_windows(corpus, benign, logits)
-        model = LogisticRegression(class_weight="balanced", max_iter=500)
-        rows = np.concatenate([positive, negative])
-        model.fit(z[rows], np.arange(len(rows)) < len(positive))
+def _directions(corpus: Corpus, fitted: Directions, z: Array) -> dict[str, Array]:
+    """Weights and bias of every direction, the scored one first.
+
+    A behaviour is told from benign text and from the other attacks, half and half.
+    """
+    weights, bias = [fitted.weights], [fitted.bias]
+    rows = _best_windows(corpus, np.arange(len(corpus.rows)), z @ fitted.weights)
+    for own in _behaviours(corpus).values():
+        others, benign = corpus.attack & ~own, ~corpus.attack
+        shares = 0.5 * own / own.sum() + 0.25 * benign / benign.sum()
+        shares += 0.25 * others / max(others.sum(), 1)
+        model = LogisticRegression(C=len(rows), max_iter=500)
+        model.fit(z[rows], own, sample_weight=shares)
         weights.append(model.coef_[0])
         bias.append(float(model.intercept_[0]))
     return {"direction_weights": np.stack(weights), "direction_bias": np.array(bias)}
@@ -238,10 +216,10 @@ def _distributions(corpus: Corpus, z: Array, benign: npt.NDArray[np.int64]) -> d
 
 def _nulls(corpus: Corpus, left_out: Array) -> dict[str, Array]:
     knots, values = [], []
-    for o, origin in enumerate(ORIGINS):
+    for origin in ORIGINS:
         texts = corpus.of_origin(origin)
         texts = texts[~corpus.attack[texts]]
-        x, y = null_splines(left_out[o, texts], corpus.n_tokens[texts], list(corpus.sources[texts]))
+        x, y = null_splines(left_out[texts], corpus.n_tokens[texts], list(corpus.sources[texts]))
         knots.append(x)
         values.append(y)
     return {"null_knots": np.stack(knots), "null_values": np.stack(values)}
@@ -277,10 +255,17 @@ def _depth(z: Array, tensors: Mapping[str, Array]) -> Array:
 
 
 def _scored_logits(
-    z: Array, tensors: Mapping[str, Array], directions: Sequence[Mapping[str, Any]], origin: str
+    z: Array,
+    tensors: Mapping[str, Array],
+    directions: Sequence[Mapping[str, Any]],
+    origin: str | None,
 ) -> Array:
-    """Largest log-odds over an origin's scored directions, ``(n_windows,)``."""
-    own = [d for d, info in enumerate(directions) if info["scored"] and info["origin"] == origin]
+    """Largest log-odds over the scored directions of an origin, ``(n_windows,)``."""
+
+    def is_read(info: Mapping[str, Any]) -> bool:
+        return None in (info.get("origin"), origin) or info["origin"] == origin
+
+    own = [d for d, info in enumerate(directions) if info["scored"] and is_read(info)]
     logits = z @ tensors["direction_weights"][own].T + tensors["direction_bias"][own]
     largest: Array = logits.max(axis=1)
     return largest

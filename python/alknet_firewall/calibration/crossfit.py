@@ -19,7 +19,8 @@ Bools = npt.NDArray[np.bool_]
 
 __all__ = ["ORIGINS", "Corpus", "cross_fit", "folds_of", "is_authored"]
 
-ORIGINS = ("user", "document")
+# Origins that get a null of their own; None is that of texts whose origin is unknown.
+ORIGINS: tuple[str | None, ...] = ("user", "document", None)
 
 _AUTHORED_FOLDS = 3
 
@@ -47,9 +48,10 @@ class Corpus:
         """(source, kind) of every text."""
         return [(row.source, row.kind) for row in self.rows]
 
-    def of_origin(self, origin: str) -> Ints:
-        """Texts that could have this origin."""
-        return np.flatnonzero([row.origin in (origin, None) for row in self.rows])
+    def of_origin(self, origin: str | None) -> Ints:
+        """Texts that could have this origin; all if it is None."""
+        wanted = ("user", "document", None) if origin is None else (origin, None)
+        return np.flatnonzero([row.origin in wanted for row in self.rows])
 
     def benign_moments(self, texts: Ints | None = None) -> dict[tuple[str, str], Moments]:
         """Moments of the benign windows of every (source, kind), over some texts or all."""
@@ -107,32 +109,23 @@ def cross_fit(
     *,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> Array:
-    """Largest logit of every text under directions fitted without its fold.
-
-    Returns
-    -------
-    ndarray
-        ``(n_origins, n_texts)``, in the order of `ORIGINS`. Every text is scored for both origins.
-    """
+    """Largest logit of every text under directions fitted without its fold, ``(n_texts,)``."""
     folds = folds_of(corpus.rows)
     moments = corpus.benign_moments()
-    scores = np.full((len(ORIGINS), len(corpus.rows)), np.nan)
+    scores = np.full(len(corpus.rows), np.nan)
     for f, held in enumerate(folds):
         # The rows of authored groups that are left out must not show in the groups' moments either.
         split = set(corpus.sources[held]) & set(corpus.sources[~held])
         rest = np.flatnonzero(~held & np.isin(corpus.sources, sorted(split)))
-        fold_moments = moments | corpus.benign_moments(rest)
-        for o, origin in enumerate(ORIGINS):
-            texts = corpus.of_origin(origin)
-            fitted = fit_directions(
-                corpus.windows,
-                corpus.attack,
-                corpus.groups,
-                texts[~held[texts]],
-                options,
-                fold_moments,
-            )
-            scores[o, held] = corpus.largest(fitted, np.flatnonzero(held))
+        fitted = fit_directions(
+            corpus.windows,
+            corpus.attack,
+            corpus.groups,
+            np.flatnonzero(~held),
+            options,
+            moments | corpus.benign_moments(rest),
+        )
+        scores[held] = corpus.largest(fitted, np.flatnonzero(held))
         if progress:
             progress("cross-fit", f + 1, len(folds))
     return scores

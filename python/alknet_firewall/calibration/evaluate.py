@@ -48,14 +48,9 @@ def evaluate(
     """
     logits = cross_fit(corpus, options, progress=progress)
     folds = folds_of(corpus.rows)
-    x = np.stack([_log_p(corpus, logits[o], o, folds) for o in range(len(ORIGINS))])
-    unknown = _corrected(x.max(axis=0), looks=len(ORIGINS))
-    report = _measure(corpus, unknown, folds, np.ones(len(corpus.rows), dtype=bool))
-    report["origins"] = {}
-    for o, origin in enumerate(ORIGINS):
-        own = np.zeros(len(corpus.rows), dtype=bool)
-        own[corpus.of_origin(origin)] = True
-        report["origins"][origin] = _measure(corpus, x[o], folds, own)
+    measured = {origin: _measure_origin(corpus, logits, origin, folds) for origin in ORIGINS}
+    report = measured.pop(None)
+    report["origins"] = measured
     report["detector"] = detector
     report["rows"] = len(corpus.rows)
     return report
@@ -87,10 +82,17 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _log_p(corpus: Corpus, logits: Array, o: int, folds: list[Bools]) -> Array:
-    """−log₁₀ p of every text against the left-out benign texts of the other folds."""
+def _measure_origin(
+    corpus: Corpus, logits: Array, origin: str | None, folds: list[Bools]
+) -> dict[str, Any]:
+    """Measures on the texts that could have an origin, read as texts of that origin."""
     own = np.zeros(len(corpus.rows), dtype=bool)
-    own[corpus.of_origin(ORIGINS[o])] = True
+    own[corpus.of_origin(origin)] = True
+    return _measure(corpus, _log_p(corpus, logits, own, folds), folds, own)
+
+
+def _log_p(corpus: Corpus, logits: Array, own: Bools, folds: list[Bools]) -> Array:
+    """−log₁₀ p of every text against the left-out benign texts ``own`` of the other folds."""
     x = np.full(len(corpus.rows), np.nan)
     classes = length_class(corpus.n_tokens)
     for held in folds:
@@ -102,13 +104,6 @@ def _log_p(corpus: Corpus, logits: Array, o: int, folds: list[Bools]) -> Array:
             these = held & (classes == c)
             x[these] = pchip_linear_above(knots[c], values[c], logits[these])
     return x.clip(0, 12)
-
-
-def _corrected(x: Array, looks: int) -> Array:
-    """−log₁₀ of the Šidák-corrected p of the smallest of several p-values."""
-    p = -np.expm1(looks * np.log1p(-np.minimum(10.0**-x, 1 - 1e-12)))
-    corrected: Array = -np.log10(p)
-    return corrected
 
 
 def _measure(corpus: Corpus, x: Array, folds: list[Bools], own: Bools) -> dict[str, Any]:

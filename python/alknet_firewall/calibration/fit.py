@@ -1,12 +1,15 @@
-"""Components and directions: what separates the windows of attacks from those of benign text.
+"""Components and the scored direction: what separates the windows of attacks from benign ones.
 
-For one origin: (1) μ and a scale per dimension from benign windows, sources weighing alike;
-(2) positives: every window of the attack texts at first, then in every attack text its best window
-under the current scorer (multiple-instance learning: only part of an injected document is an
-injection); (3) covariance within sources, of benign and of positive windows, averaged over
-(source, kind) and shrunk to its mean variance, whitens; (4) one row per (source, kind), the mean
-whitened positive window; the first right singular vectors of these rows are the components; (5) a
-logistic regression on the projections, classes balanced, sources weighing 1/√n; (6) again from (2).
+(1) μ and a scale per dimension from benign windows, sources weighing alike; (2) positives: every
+window of the attack texts at first, then in every attack text its best window under the current
+scorer (multiple-instance learning: only part of an injected document is an injection); (3)
+covariance within sources, of benign and of positive windows, averaged over (source, kind) and
+shrunk to its mean variance, whitens; (4) one row per (source, kind), the mean whitened positive
+window; the right singular vectors of these rows, each scaled by its singular value; (5) a ridge
+logistic regression on the projections, classes balanced, sources weighing 1/√n, so that a vector on
+which few groups agree takes part little; (6) again from (2).
+
+The components are the first singular vectors, and last what the scored direction has outside them.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ __all__ = ["Directions", "FitOptions", "Moments", "Windows", "fit_directions"]
 class FitOptions:
     """Choices of the recipe; the defaults are those of the shipped codebook."""
 
-    n_components: int = 8
+    # Rows of the projection; the scored direction is exact with any number.
+    n_components: int = 16
     shrinkage: float = 0.3
     rounds: int = 3
-    regularisation: float = 1.0
+    # Of the regression: half of this times the squared weights is added to the mean loss.
+    ridge: float = 1e-3
     # Windows of one benign text that enter the regression, evenly spread over it.
     windows_per_text: int = 24
     # The most alarming windows of every benign text that enter it besides, after the first round.
@@ -86,7 +91,7 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Directions:
-    """A fitted origin: ``logit = weights · (components @ (x − mean)) + bias``.
+    """The scored direction: ``logit = weights · (components @ (x − mean)) + bias``.
 
     Attributes
     ----------
@@ -125,7 +130,7 @@ def fit_directions(
     options: FitOptions,
     benign_moments: dict[tuple[str, str], Moments],
 ) -> Directions:
-    """Fit one origin on some texts.
+    """Fit on some texts.
 
     Parameters
     ----------
@@ -152,17 +157,18 @@ def fit_directions(
     fitted: Directions | None = None
     for _ in range(options.rounds):
         whiten = _whitener(windows, positives, attacks, groups, benign_covariance, scale, options)
-        components = _components(windows, positives, attacks, groups, mean, whiten, options)
-        fitted = Directions(mean, components, np.zeros(len(components)), 0.0)
+        vectors, values = _singular_vectors(windows, positives, attacks, groups, mean, whiten)
+        features = Directions(mean, vectors * values[:, None] @ whiten, values, 0.0)
         rows = np.concatenate([*positives, negative_rows])
-        n_positive = len(rows) - len(negative_rows)
+        labels = np.arange(len(rows)) < len(rows) - len(negative_rows)
         owners = [groups[t] for t, own in zip(attacks, positives, strict=True) for _ in own]
         weights = np.concatenate([_weights(owners), negative_weights])
-        labels = np.arange(len(rows)) < n_positive
-        model = LogisticRegression(C=options.regularisation, max_iter=500)
         weights *= np.where(labels, 0.5 / weights[labels].sum(), 0.5 / weights[~labels].sum())
-        model.fit(fitted.project(windows.x[rows]), labels, sample_weight=weights * len(texts))
-        fitted = Directions(mean, components, model.coef_[0], float(model.intercept_[0]))
+        model = LogisticRegression(C=1 / options.ridge, tol=1e-5, max_iter=1000)
+        model.fit(features.project(windows.x[rows]), labels, sample_weight=weights)
+        fitted = _directions(
+            features, model.coef_[0], float(model.intercept_[0]), whiten, vectors, options
+        )
         positives = [_best(windows, t, fitted, 1) for t in attacks]
         if options.hard_windows:
             hard = [(t, _best(windows, t, fitted, options.hard_windows)) for t in benign]
@@ -233,23 +239,41 @@ def _whitener(
     return inverse
 
 
-def _components(
+def _singular_vectors(
     windows: Windows,
     positives: list[Ints],
     attacks: Ints,
     groups: Sequence[tuple[str, str]],
     mean: Array,
     whiten: Array,
-    options: FitOptions,
-) -> Array:
-    """First right singular vectors of the groups' mean whitened positive windows."""
+) -> tuple[Array, Array]:
+    """Right singular vectors of the groups' mean whitened positive windows, and their values.
+
+    The largest value is scaled to 1.
+    """
     means = [
         windows.x[rows].astype(np.float32).mean(axis=0, dtype=np.float64) - mean
         for rows in _by_group(positives, attacks, groups).values()
     ]
-    _, _, directions = np.linalg.svd(np.stack(means) @ whiten.T, full_matrices=False)
-    components = directions[: options.n_components] @ whiten
+    _, values, vectors = np.linalg.svd(np.stack(means) @ whiten.T, full_matrices=False)
+    return vectors, values / values[0]
+
+
+def _directions(
+    features: Directions,
+    coefficients: Array,
+    bias: float,
+    whiten: Array,
+    vectors: Array,
+    options: FitOptions,
+) -> Directions:
+    """The regression in terms of a few components: the leading vectors, and the rest of its own."""
+    along = coefficients * features.weights
+    leading = min(options.n_components - 1, len(vectors) - 1)
+    rest = along[leading:] @ vectors[leading:]
+    length = float(np.linalg.norm(rest)) or 1.0
+    components = np.concatenate([vectors[:leading], rest[None] / length]) @ whiten
+    weights = np.append(along[:leading], length)
     largest = np.abs(components).argmax(axis=1)
     signs = np.sign(components[np.arange(len(components)), largest])
-    result: Array = components * signs[:, None]
-    return result
+    return Directions(features.mean, components * signs[:, None], weights * signs, bias)

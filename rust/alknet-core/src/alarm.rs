@@ -119,8 +119,8 @@ pub struct Alarm {
     pub signals: Vec<Signal>,
     /// Where they fired, in order; empty when the level is clear.
     pub spans: Vec<Span>,
-    /// The origin as which the text is most alarming, or the one it was given.
-    pub origin: Origin,
+    /// The origin it was given, if it was.
+    pub origin: Option<Origin>,
     /// Tokens of the text as given.
     pub n_tokens: usize,
     /// Bytes at the end of the text that were not read.

@@ -59,10 +59,18 @@ impl Origin {
 pub struct DirectionInfo {
     /// Behaviour, such as `instruction_override`.
     pub name: String,
-    /// The origin it is read for.
-    pub origin: Origin,
+    /// The origin it is read for; all by default.
+    #[serde(default)]
+    pub origin: Option<Origin>,
     /// Whether it takes part in the score; the others only explain.
     pub scored: bool,
+}
+
+impl DirectionInfo {
+    /// Whether it is read in a text of this origin; of an unknown one, everything is.
+    pub fn is_read(&self, origin: Option<Origin>) -> bool {
+        self.origin.is_none() || origin.is_none() || self.origin == origin
+    }
 }
 
 /// What a codebook was compiled for; all of it must match the loaded detector.
@@ -97,8 +105,8 @@ pub struct Codebook {
     pub segment_overlap: usize,
     /// Upper bounds (inclusive, in tokens) of the length classes; the last also serves longer texts.
     pub length_classes: Vec<usize>,
-    /// Origins that have directions and nulls.
-    pub origins: Vec<Origin>,
+    /// Origins that have a null of their own; `None`, for texts whose origin is unknown, always has.
+    pub origins: Vec<Option<Origin>>,
     /// One per row of `direction_weights`.
     pub directions: Vec<DirectionInfo>,
     /// Every metadata entry of the file, for `inspect`.
@@ -138,8 +146,8 @@ impl Codebook {
     ///
     /// Metadata: `format_version` (1), `detector`, `weights_sha256`, `tokenizer_sha256`,
     /// `config_sha256`, `sites` (comma-separated), `hidden_size`, `window`, `stride`,
-    /// `segment_tokens`, `segment_overlap`, `length_classes` (JSON list), `origins` (JSON list),
-    /// `directions` (JSON list of [`DirectionInfo`]). Further entries are kept and not interpreted.
+    /// `segment_tokens`, `segment_overlap`, `length_classes` (JSON list), `origins` (JSON list
+    /// of `"user"`, `"document"` and `null`), `directions` (JSON list of [`DirectionInfo`]). Further entries are kept and not interpreted.
     ///
     /// # Errors
     /// [`Error::Codebook`] saying what was found and what was expected.
@@ -170,7 +178,7 @@ impl Codebook {
         let segment_tokens = metadata.number("segment_tokens", window, MAX_TOKENS)?;
         let segment_overlap = metadata.number("segment_overlap", 0, segment_tokens - 1)?;
         let length_classes: Vec<usize> = metadata.json("length_classes")?;
-        let origins: Vec<Origin> = metadata.json("origins")?;
+        let origins: Vec<Option<Origin>> = metadata.json("origins")?;
         let directions: Vec<DirectionInfo> = metadata.json("directions")?;
         check_lists(&length_classes, &origins, &directions)?;
 
@@ -261,6 +269,12 @@ impl Codebook {
         self.length_classes.iter().position(|&bound| n_tokens <= bound).unwrap_or(last)
     }
 
+    /// Index into `origins` of the null that judges texts of this origin.
+    pub fn reading(&self, origin: Option<Origin>) -> usize {
+        let position = |wanted| self.origins.iter().position(|&o| o == wanted);
+        position(origin).or_else(|| position(None)).unwrap_or(0)
+    }
+
     /// Null of the score of `origin` (an index into `origins`) in a length class: statistic to −log₁₀ p.
     pub fn null(&self, origin: usize, class: usize) -> &MonotoneSpline {
         &self.nulls[origin * self.length_classes.len() + class]
@@ -275,7 +289,7 @@ impl Codebook {
 /// Checks the lists of the metadata against each other.
 fn check_lists(
     length_classes: &[usize],
-    origins: &[Origin],
+    origins: &[Option<Origin>],
     directions: &[DirectionInfo],
 ) -> std::result::Result<(), String> {
     if length_classes.is_empty()
@@ -286,22 +300,17 @@ fn check_lists(
             "length_classes {length_classes:?} are not 1 to 64 increasing numbers"
         ));
     }
-    if origins.is_empty() || origins.len() > 2 || (origins.len() == 2 && origins[0] == origins[1]) {
-        return Err(format!("origins {origins:?} are not one or two different ones"));
+    let repeated = (1..origins.len()).any(|i| origins[..i].contains(&origins[i]));
+    if repeated || !origins.contains(&None) {
+        return Err(format!("origins {origins:?} are not different ones with the unknown among them"));
     }
     if directions.is_empty() || directions.len() > MAX_DIRECTIONS {
         return Err(format!("{} directions; 1 to {MAX_DIRECTIONS} are read", directions.len()));
     }
-    for origin in origins {
-        if !directions.iter().any(|d| d.scored && d.origin == *origin) {
-            return Err(format!("no scored direction for origin {:?}", origin.as_str()));
+    for &origin in origins {
+        if !directions.iter().any(|d| d.scored && d.is_read(origin)) {
+            return Err(format!("no scored direction for origin {origin:?}"));
         }
-    }
-    if let Some(stray) = directions.iter().find(|d| !origins.contains(&d.origin)) {
-        return Err(format!(
-            "direction {:?} has an origin that the codebook does not list",
-            stray.name
-        ));
     }
     Ok(())
 }

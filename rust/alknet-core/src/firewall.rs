@@ -2,7 +2,7 @@
 //!
 //! Every text gives one or more views (raw, normalised, decoded), every view one or more segments,
 //! every segment one piece of work for the engine. Pieces of all texts of a batch share passes. The
-//! smallest p-value wins, corrected for the number of segments and of origins read. It is not corrected
+//! smallest p-value wins, corrected for the number of segments read. It is not corrected
 //! for views: ordinary text has one, and a disguise must not buy its way down by adding more.
 
 use std::{ops::Range, path::Path, sync::Arc};
@@ -45,7 +45,7 @@ pub struct FirewallOptions {
 pub struct Input<'a> {
     /// The text.
     pub text: &'a str,
-    /// Who wrote it; `None` when unknown: it is read as both and the worse counts.
+    /// Who wrote it; `None` when unknown.
     pub origin: Option<Origin>,
 }
 
@@ -245,12 +245,12 @@ impl Firewall {
 
     /// Combines all looks at one text into its alarm.
     pub(crate) fn verdict(&self, case: &Case<'_>) -> Result<Alarm> {
-        let origins = self.origins(case.input.origin);
-        let mut worst = Judgement::ordinary(self.codebook.origins[origins[0]]);
+        let reading = self.codebook.reading(case.input.origin);
+        let mut worst = Judgement::ordinary();
         for piece in &case.pieces {
             let pieces = case.views[piece.view].pieces;
             for window in &piece.windows {
-                worst = worst.min(self.judge(window, &origins, pieces));
+                worst = worst.min(judge(window, reading, pieces));
             }
         }
         if case.hidden_text.is_some() {
@@ -269,7 +269,7 @@ impl Firewall {
         }
         let (signals, spans) = match level {
             AlarmLevel::Clear => (Vec::new(), Vec::new()),
-            _ => self.explain(case, &origins),
+            _ => self.explain(case, reading),
         };
         Ok(Alarm {
             level,
@@ -278,40 +278,15 @@ impl Firewall {
             novelty_p_value: worst.novelty,
             signals,
             spans,
-            origin: case.input.origin.unwrap_or(worst.origin),
+            origin: case.input.origin,
             n_tokens: case.n_tokens,
             unread_bytes: case.unread_bytes,
             reason,
         })
     }
 
-    /// Indices of the codebook's origins as which a text is read.
-    fn origins(&self, origin: Option<Origin>) -> Vec<usize> {
-        let known = &self.codebook.origins;
-        match origin.and_then(|origin| known.iter().position(|&o| o == origin)) {
-            Some(index) => vec![index],
-            None => (0..known.len()).collect(),
-        }
-    }
-
-    /// p-values of the text if this window were its worst.
-    fn judge(&self, window: &WindowScore, origins: &[usize], pieces: usize) -> Judgement {
-        let worst = |a: usize, b: usize| if window.attack[b] > window.attack[a] { b } else { a };
-        let origin = origins.iter().copied().reduce(worst).unwrap_or(0);
-        let attack = score::corrected_p(window.attack[origin], origins.len() * pieces);
-        let novelty = score::corrected_p(window.novelty, pieces);
-        let by_attack = attack / (1.0 - NOVELTY_SHARE);
-        let by_novelty = (novelty / NOVELTY_SHARE).max(NOVELTY_FLOOR);
-        Judgement {
-            p_value: by_attack.min(by_novelty).min(1.0),
-            novelty,
-            is_novelty: by_novelty < by_attack,
-            origin: self.codebook.origins[origin],
-        }
-    }
-
     /// Behaviours that fired and where.
-    fn explain(&self, case: &Case<'_>, origins: &[usize]) -> (Vec<Signal>, Vec<Span>) {
+    fn explain(&self, case: &Case<'_>, reading: usize) -> (Vec<Signal>, Vec<Span>) {
         let mut signals: Vec<Signal> = Vec::new();
         let mut spans: Vec<Span> = Vec::new();
         if let Some(bytes) = case.hidden_text.clone() {
@@ -322,12 +297,12 @@ impl Firewall {
         for piece in &case.pieces {
             let Reading { view, encoding, pieces } = &case.views[piece.view];
             for window in &piece.windows {
-                let judged = self.judge(window, origins, *pieces);
+                let judged = judge(window, reading, *pieces);
                 let score = alarm::score(judged.p_value);
                 if self.thresholds.level(score) == AlarmLevel::Clear {
                     continue;
                 }
-                let signal = self.name_signals(window, origins, judged, &mut signals);
+                let signal = self.name_signals(window, reading, judged, &mut signals);
                 let first = encoding.offsets[piece.tokens.start + window.tokens.start].0;
                 let last = encoding.offsets[piece.tokens.start + window.tokens.end - 1].1;
                 let bytes = whole_words(case.input.text, view.to_original(first..last));
@@ -338,11 +313,13 @@ impl Firewall {
         (signals, merge(spans))
     }
 
-    /// Adds the behaviours of an alarming window and returns the name of the strongest.
+    /// Adds the behaviours of an alarming window and returns the name of the most probable one.
+    ///
+    /// A scored direction gives its name where no behaviour that explains it is probable.
     fn name_signals(
         &self,
         window: &WindowScore,
-        origins: &[usize],
+        reading: usize,
         judged: Judgement,
         signals: &mut Vec<Signal>,
     ) -> String {
@@ -350,37 +327,46 @@ impl Firewall {
             raise(signals, "novelty", 1.0 - judged.novelty);
             return "novelty".to_owned();
         }
-        let read =
-            |name: &DirectionInfo| origins.iter().any(|&o| self.codebook.origins[o] == name.origin);
-        let mut strongest = ("", f64::NEG_INFINITY);
-        for (direction, &logit) in self.codebook.directions.iter().zip(&window.logits) {
-            if !read(direction) {
-                continue;
-            }
-            if logit > 0.0 {
-                raise(signals, &direction.name, sigmoid(logit));
-            }
-            if logit > strongest.1 {
-                strongest = (&direction.name, logit);
+        let origin = self.codebook.origins[reading];
+        let read = self.codebook.directions.iter().zip(&window.logits);
+        let read = read.filter(|(direction, _)| direction.is_read(origin));
+        let probable = |&(direction, &logit): &(&DirectionInfo, &f64)| direction.scored || logit > 0.0;
+        let mut strongest: Option<(&DirectionInfo, f64)> = None;
+        for (direction, &logit) in read.filter(probable) {
+            raise(signals, &direction.name, sigmoid(logit));
+            let rank = |direction: &DirectionInfo, logit: f64| (!direction.scored, logit);
+            if strongest.is_none_or(|(d, l)| rank(direction, logit) > rank(d, l)) {
+                strongest = Some((direction, logit));
             }
         }
-        raise(signals, strongest.0, sigmoid(strongest.1));
-        strongest.0.to_owned()
+        strongest.map_or_else(String::new, |(direction, _)| direction.name.clone())
     }
 }
 
-/// p-values of a text, and the origin that gives the smaller.
+/// p-values of a text if this window were its worst, `pieces` windows' maxima having been looked at.
+fn judge(window: &WindowScore, reading: usize, pieces: usize) -> Judgement {
+    let attack = score::corrected_p(window.attack[reading], pieces);
+    let novelty = score::corrected_p(window.novelty, pieces);
+    let by_attack = attack / (1.0 - NOVELTY_SHARE);
+    let by_novelty = (novelty / NOVELTY_SHARE).max(NOVELTY_FLOOR);
+    Judgement {
+        p_value: by_attack.min(by_novelty).min(1.0),
+        novelty,
+        is_novelty: by_novelty < by_attack,
+    }
+}
+
+/// p-values of a text.
 #[derive(Debug, Clone, Copy)]
 struct Judgement {
     p_value: f64,
     novelty: f64,
     is_novelty: bool,
-    origin: Origin,
 }
 
 impl Judgement {
-    fn ordinary(origin: Origin) -> Self {
-        Self { p_value: 1.0, novelty: 1.0, is_novelty: false, origin }
+    fn ordinary() -> Self {
+        Self { p_value: 1.0, novelty: 1.0, is_novelty: false }
     }
 
     fn min(self, other: Self) -> Self {

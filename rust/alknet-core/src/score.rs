@@ -1,6 +1,6 @@
 //! Score: windowed projections of one piece of text to p-values, through the directions and splines.
 //!
-//! Per origin, a window's statistic is its largest log-odds over the scored directions, and the
+//! Per origin, a window's statistic is its largest log-odds over its scored directions, and the
 //! piece's statistic is its largest window; the benign null of that maximum, for the length class,
 //! turns it into `x = −log₁₀ p`. Novelty is the same with the mean tail depth of the components,
 //! `1/K Σ_k −ln(2 min(u_k, 1 − u_k))`, `u_k` from the component's benign distribution.
@@ -64,7 +64,7 @@ fn score(
     }
     let attack = |(o, origin)| {
         let scored = codebook.directions.iter().zip(&logits);
-        let own = scored.filter(|(d, _)| d.scored && d.origin == origin);
+        let own = scored.filter(|(d, _)| d.scored && d.is_read(origin));
         let statistic = own.map(|(_, &logit)| logit).fold(f64::NEG_INFINITY, f64::max);
         codebook.null(o, class).eval_linear_above(statistic).clamp(0.0, MAX_X)
     };

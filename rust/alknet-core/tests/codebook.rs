@@ -64,7 +64,7 @@ fn a_valid_file_is_read_as_it_was_written() {
     assert_eq!(codebook.detector, "synthetic");
     assert_eq!(codebook.n_components(), N_COMPONENTS);
     assert_eq!((codebook.window, codebook.segment_tokens), (WINDOW, SEGMENT_TOKENS));
-    assert_eq!(codebook.origins, [Origin::User, Origin::Document]);
+    assert_eq!(codebook.origins, [Some(Origin::User), Some(Origin::Document), None]);
     assert_eq!(codebook.site(0).1[..4], [1.0, 0.0, 0.0, 0.0]);
     assert_eq!(codebook.site(1).1[..4], [0.5, 0.0, 0.0, 0.0]);
     assert_eq!(codebook.logit(1, &[7.0, 2.0, 5.0]), 2.0);
@@ -258,7 +258,7 @@ fn metadata_out_of_range_are_refused() {
         ("segment_overlap", vec!["16", "-1"]),
         ("sites", vec!["", "1.resid_post", "1.resid_post,3", "1.resid_post,x.mlp_out", "1.a,2.b"]),
         ("length_classes", vec!["[]", "[16, 8]", "[8, 8]", "8", "[-8, 16]", "[8]"]),
-        ("origins", vec!["[]", r#"["user"]"#, r#"["user", "user"]"#, r#"["user", "tool"]"#]),
+        ("origins", vec!["[]", r#"["user"]"#, "[null, null]", r#"["user", "user", null]"#, r#"["tool", null]"#]),
         ("directions", vec!["[]", "{}", r#"[{"name": "a", "origin": "user", "scored": true}]"#]),
     ];
     for (key, values) in cases {

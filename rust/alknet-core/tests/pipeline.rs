@@ -122,7 +122,7 @@ fn an_attack_is_dangerous_and_its_span_is_the_attack() {
     let alarm = screen(&text);
     assert_eq!(alarm.level, AlarmLevel::Dangerous);
     assert_eq!(alarm.signals[0].name, "attack");
-    assert_eq!(alarm.origin, Origin::User);
+    assert_eq!(alarm.origin, None);
     let worst = alarm.spans.iter().max_by(|a, b| a.score.total_cmp(&b.score)).unwrap();
     assert!(text[worst.bytes.clone()].contains(ATTACK), "{worst:?}");
     assert_eq!(worst.score, alarm.score);
@@ -144,21 +144,25 @@ fn an_origin_is_judged_by_its_own_directions() {
     let judged = |origin| firewall().screen(document, origin).unwrap();
     assert_eq!(judged(Some(Origin::User)).level, AlarmLevel::Clear);
     assert_eq!(judged(Some(Origin::Document)).level, AlarmLevel::Dangerous);
-    assert_eq!(judged(Some(Origin::User)).origin, Origin::User);
-    assert_eq!(judged(None).origin, Origin::Document, "the worse of the two");
+    assert_eq!(judged(Some(Origin::User)).origin, Some(Origin::User));
+    assert_eq!(judged(None).level, AlarmLevel::Dangerous, "where it is unknown, all are read");
     assert_eq!(judged(None).signals[0].name, "embedded_instruction");
 }
 
 #[test]
-fn an_unknown_origin_is_two_looks() {
-    let p = |origin| firewall().screen("XXaaXYaa", origin).unwrap().p_value;
-    let (user, document) = (p(Some(Origin::User)), p(Some(Origin::Document)));
-    assert!(user < document && document < 1.0);
-    // What novelty may spend of the error budget does not change with the origin.
-    let share = 0.95;
-    let expected = corrected_p(-(user * share).log10(), 2) / share;
-    assert!((p(None) - expected).abs() < 1e-12, "{} is not {expected}", p(None));
-    assert!(p(None) > user);
+fn an_origin_without_a_null_is_judged_as_unknown() {
+    let mut file = CodebookFile::valid();
+    file.metadata.insert("origins".into(), r#"["user", null, "document"]"#.into());
+    let permuted = Codebook::from_bytes(&file.to_bytes()).unwrap();
+    assert_eq!(permuted.reading(None), 1);
+    assert_eq!(permuted.reading(Some(Origin::Document)), 2);
+    for name in ["null_knots", "null_values"] {
+        let tensor = file.tensors.get_mut(name).unwrap();
+        (tensor.shape[0], tensor.data) = (1, tensor.data[..tensor.data.len() / 3].to_vec());
+    }
+    file.metadata.insert("origins".into(), "[null]".into());
+    let only = Codebook::from_bytes(&file.to_bytes()).unwrap();
+    assert_eq!(only.reading(Some(Origin::User)), only.reading(None));
 }
 
 #[test]

@@ -189,7 +189,7 @@ fn to_tuple<'py>(py: Python<'py>, alarm: &Alarm) -> PyResult<Bound<'py, PyTuple>
         alarm.novelty_p_value,
         signals,
         spans,
-        alarm.origin.as_str(),
+        alarm.origin.map(Origin::as_str),
         alarm.n_tokens,
         alarm.unread_bytes,
         alarm.reason.map(core::Reason::as_str),

@@ -63,8 +63,8 @@ impl CodebookFile {
             ("cdf_values", Tensor::f32(&[N_COMPONENTS, 3], &[0.1, 0.5, 0.9].repeat(N_COMPONENTS))),
             ("direction_weights", Tensor::f32(&[3, N_COMPONENTS], &weights)),
             ("direction_bias", Tensor::f32(&[3], &[0.0; 3])),
-            ("null_knots", Tensor::f32(&[2, classes, 3], &nulls(2 * classes, &NULL_KNOTS))),
-            ("null_values", Tensor::f32(&[2, classes, 3], &nulls(2 * classes, &NULL_VALUES))),
+            ("null_knots", Tensor::f32(&[3, classes, 3], &nulls(3 * classes, &NULL_KNOTS))),
+            ("null_values", Tensor::f32(&[3, classes, 3], &nulls(3 * classes, &NULL_VALUES))),
             ("novelty_knots", Tensor::f32(&[classes, 3], &nulls(classes, &NOVELTY_KNOTS))),
             ("novelty_values", Tensor::f32(&[classes, 3], &nulls(classes, &NOVELTY_VALUES))),
         ];
@@ -86,7 +86,7 @@ impl CodebookFile {
             ("segment_tokens", SEGMENT_TOKENS.to_string()),
             ("segment_overlap", "4".to_owned()),
             ("length_classes", "[8, 16]".to_owned()),
-            ("origins", r#"["user", "document"]"#.to_owned()),
+            ("origins", r#"["user", "document", null]"#.to_owned()),
             ("directions", directions.to_string()),
         ];
         Self {
