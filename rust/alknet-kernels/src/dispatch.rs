@@ -10,7 +10,7 @@ use crate::{
     scalar::{self, LANES},
 };
 #[cfg(target_arch = "x86_64")]
-use crate::{avx2, avx512, avx512bf16};
+use crate::{amx, avx2, avx512, avx512bf16};
 
 type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);
 type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
@@ -56,6 +56,8 @@ impl Kernels {
             return Err(UnsupportedIsa(isa));
         }
         Ok(match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => &amx::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => &avx512bf16::KERNELS,
             #[cfg(target_arch = "x86_64")]

@@ -25,6 +25,8 @@
 //!
 //! Source of the rotation: QuaRot, arXiv 2404.00456.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -214,7 +214,7 @@ proptest! {
             // Scores are sums of `dim` products below 1, values are below 1. A relative error of ε in
             // both inputs makes scores err by 2ε · dim and weights by twice that (numerator and
             // sum); rounding weights and values adds 2ε.
-            let epsilon = if isa == Isa::Avx512Bf16 { 1.0 / 256.0 } else { f32::EPSILON };
+            let epsilon = if isa >= Isa::Avx512Bf16 { 1.0 / 256.0 } else { f32::EPSILON };
             let bound = f64::from(epsilon) * (4.0 * dim as f64 + 2.0) + 1e-5;
             for (found, expected) in out.iter().zip(&expected) {
                 prop_assert!((f64::from(*found) - expected).abs() <= bound, "{isa}");
