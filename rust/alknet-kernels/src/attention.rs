@@ -89,6 +89,12 @@ pub(crate) trait Arithmetic {
         c: &mut [f32],
     );
 
+    /// `eˣ` for weights, of numbers up to zero; NaN stays NaN.
+    #[inline(always)]
+    fn exp(x: f32) -> f32 {
+        exp(x)
+    }
+
     /// [`crate::scalar::transpose`].
     fn transpose(
         x: &[f32],
@@ -112,6 +118,12 @@ pub(crate) struct AttentionScratch<W> {
     left: Vec<W>,
     /// `[head_dim, n]`.
     sums: Vec<f32>,
+    softmax: Softmax,
+}
+
+/// The running softmax of every query.
+#[derive(Default)]
+struct Softmax {
     /// `[n]`: positions of the queries.
     positions: Vec<u32>,
     /// `[n]`: largest score so far.
@@ -130,6 +142,12 @@ impl<W: Copy + Default> AttentionScratch<W> {
         self.scores.resize(KEY_BLOCK * n, 0.0);
         self.sums.clear();
         self.sums.resize(task.head_dim * n, 0.0);
+        self.softmax.reset(task, n);
+    }
+}
+
+impl Softmax {
+    fn reset(&mut self, task: &AttentionTask<'_>, n: usize) {
         self.max.clear();
         self.max.resize(n, f32::NEG_INFINITY);
         self.total.clear();
@@ -138,6 +156,40 @@ impl<W: Copy + Default> AttentionScratch<W> {
         self.positions.clear();
         let position = |i| (task.first + i % task.tokens) as u32;
         self.positions.extend((0..n).map(position));
+    }
+
+    /// Turns scores `[keys, n]` into exponentials relative to the largest score so far, zero for keys
+    /// after the query's position; `start` is the first key's position.
+    #[inline(always)]
+    fn run<A: Arithmetic>(&mut self, scores: &mut [f32], n: usize, start: usize) {
+        // Only the last blocks hold keys after the first query's position.
+        let last = start + scores.len() / n - 1;
+        if self.positions[0] as usize >= last {
+            self.columns::<A, false>(scores, n, start);
+        } else {
+            self.columns::<A, true>(scores, n, start);
+        }
+    }
+
+    /// [`Softmax::run`], a vector's width of columns at a time.
+    #[inline(always)]
+    fn columns<A: Arithmetic, const MASKED: bool>(
+        &mut self,
+        scores: &mut [f32],
+        n: usize,
+        start: usize,
+    ) {
+        for column in (0..n).step_by(LANES) {
+            softmax_columns::<A, MASKED>(
+                scores,
+                (n, column),
+                start,
+                lanes(&self.positions, column),
+                lanes_mut(&mut self.max, column),
+                lanes_mut(&mut self.total, column),
+                lanes_mut(&mut self.correction, column),
+            );
+        }
     }
 }
 
@@ -165,26 +217,20 @@ pub(crate) fn attention<A: Arithmetic>(
         let len = KEY_BLOCK.min(end - start);
         let scores = &mut scratch.scores[..len * n];
         A::product::<false>(&A::keys(task, start, len, &mut scratch.left), queries, n, scores);
-        for column in (0..n).step_by(LANES) {
-            softmax_columns(
-                scores,
-                (n, column),
-                start,
-                lanes(&scratch.positions, column),
-                lanes_mut(&mut scratch.max, column),
-                lanes_mut(&mut scratch.total, column),
-                lanes_mut(&mut scratch.correction, column),
-            );
-        }
-        for sums in scratch.sums.chunks_exact_mut(n) {
-            sums.iter_mut().zip(&scratch.correction).for_each(|(sum, c)| *sum *= c);
+        scratch.softmax.run::<A>(scores, n, start);
+        // Most blocks leave all maxima as they are: multiplying by one would change nothing.
+        let correction = &scratch.softmax.correction;
+        if correction.iter().any(|c| *c != 1.0) {
+            for sums in scratch.sums.chunks_exact_mut(n) {
+                sums.iter_mut().zip(correction).for_each(|(sum, c)| *sum *= c);
+            }
         }
         let scores = A::columns(scores, n, &mut scratch.score_words);
         let values = A::values(task, start, len, &mut scratch.left);
         A::product::<true>(&values, scores, n, &mut scratch.sums);
     }
     for sums in scratch.sums.chunks_exact_mut(n) {
-        sums.iter_mut().zip(&scratch.total).for_each(|(sum, total)| *sum /= total);
+        sums.iter_mut().zip(&scratch.softmax.total).for_each(|(sum, total)| *sum /= total);
     }
     A::transpose(&scratch.sums, n, (dim, task.heads * tokens), out, dim);
 }
@@ -198,12 +244,12 @@ fn lanes_mut<T>(numbers: &mut [T], first: usize) -> &mut [T; LANES] {
 }
 
 /// Turns a vector's width of columns of scores into exponentials relative to the largest score so
-/// far, zero for keys after the query's position.
+/// far, zero for keys after the query's position, of which there are none unless `MASKED`.
 ///
 /// # Shapes
 /// - `scores`: `[keys, n]`, of which columns `first..first + LANES`; `start` is the first key's position
 #[inline(always)]
-fn softmax_columns(
+fn softmax_columns<A: Arithmetic, const MASKED: bool>(
     scores: &mut [f32],
     (n, first): (usize, usize),
     start: usize,
@@ -216,20 +262,20 @@ fn softmax_columns(
     for (j, row) in scores.chunks_exact(n).enumerate() {
         let row = lanes(row, first);
         for i in 0..LANES {
-            let visible = positions[i] >= (start + j) as u32;
+            let visible = !MASKED || positions[i] >= (start + j) as u32;
             // NaN is passed over here; it comes back through the exponential.
             max[i] = if visible && row[i] > max[i] { row[i] } else { max[i] };
         }
     }
     for i in 0..LANES {
-        correction[i] = exp(old_max[i] - max[i]);
+        correction[i] = A::exp(old_max[i] - max[i]);
         total[i] *= correction[i];
     }
     for (j, row) in scores.chunks_exact_mut(n).enumerate() {
         let row = lanes_mut(row, first);
         for i in 0..LANES {
-            let visible = positions[i] >= (start + j) as u32;
-            row[i] = if visible { exp(row[i] - max[i]) } else { 0.0 };
+            let visible = !MASKED || positions[i] >= (start + j) as u32;
+            row[i] = if visible { A::exp(row[i] - max[i]) } else { 0.0 };
             total[i] += row[i];
         }
     }

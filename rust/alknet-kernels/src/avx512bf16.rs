@@ -11,14 +11,14 @@ use crate::{
     avx512::{self, attention_product},
     dispatch::Kernels,
     isa::Isa,
-    scalar::LANES,
+    scalar::{LANES, ROUNDING},
 };
 
 pub(crate) static KERNELS: Kernels = Kernels { isa: Isa::Avx512Bf16, attention, ..avx512::KERNELS };
 
 thread_local! {
     /// Buffers of attention in bf16, some 100 KiB per thread.
-    static SCRATCH: RefCell<AttentionScratch<u32>> = RefCell::default();
+    pub(crate) static SCRATCH: RefCell<AttentionScratch<u32>> = RefCell::default();
 }
 
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -27,7 +27,7 @@ fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
 }
 
 /// Pairs of bf16 numbers, the first in the lower half of a word.
-struct Bf16;
+pub(crate) struct Bf16;
 
 impl Arithmetic for Bf16 {
     type Word = u32;
@@ -74,6 +74,11 @@ impl Arithmetic for Bf16 {
     }
 
     #[inline(always)]
+    fn exp(x: f32) -> f32 {
+        short_exp(x)
+    }
+
+    #[inline(always)]
     fn transpose(
         x: &[f32],
         stride: usize,
@@ -86,9 +91,24 @@ impl Arithmetic for Bf16 {
     }
 }
 
+/// `eˣ` of numbers up to zero within a part in 100,000, far less than what bf16 rounds off; NaN stays NaN.
+///
+/// Fuses multiplications with additions, so that it is for instruction sets of the AVX-512 family only.
+#[inline(always)]
+fn short_exp(x: f32) -> f32 {
+    use std::f32::consts::{LN_2, LOG2_E};
+    // Not `max`, which would turn NaN into a number.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let shifted = x.mul_add(LOG2_E, ROUNDING);
+    let r = x.mul_add(LOG2_E, ROUNDING - shifted);
+    let p = 9.618_129e-3f32;
+    let p = p.mul_add(r, 5.550_411e-2).mul_add(r, 2.402_265e-1).mul_add(r, LN_2).mul_add(r, 1.0);
+    p * f32::from_bits((shifted.to_bits() as i32 - ROUNDING.to_bits() as i32 + 127 << 23) as u32)
+}
+
 /// Pairs rows `2j` and `2j + 1` of `len` rows; the partner of a last odd row is zero.
 #[inline(always)]
-fn pair_all<'a>(
+pub(crate) fn pair_all<'a>(
     rows: impl Fn(usize) -> &'a [f32],
     len: usize,
     width: usize,
@@ -110,7 +130,7 @@ fn mask(len: usize, first: usize) -> u16 {
 
 /// `out[i] = (x[2i], x[2i + 1])`.
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn pair_neighbours(x: &[f32], out: &mut [u32]) {
+pub(crate) fn pair_neighbours(x: &[f32], out: &mut [u32]) {
     assert_eq!(x.len(), 2 * out.len());
     for first in (0..x.len()).step_by(2 * LANES) {
         // SAFETY: masks keep every access within the two slices.

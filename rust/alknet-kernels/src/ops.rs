@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Rows of one product between two visits of the epilogue: its tile stays in the first-level cache.
-const ROW_BLOCK: usize = 48;
+const ROW_BLOCK: usize = 128;
 
 /// Panels that are computed together: 32 outputs.
 const PANEL_PAIR: usize = 2;

@@ -72,7 +72,7 @@ pub(crate) fn quantize(x: &[f32], out: &mut [i8]) -> (f32, i32) {
 }
 
 /// `1.5 · 2²³`: the unit in the last place is 1, for negative numbers too.
-const ROUNDING: f32 = 12_582_912.0;
+pub(crate) const ROUNDING: f32 = 12_582_912.0;
 
 /// RMSNorm: `out = x / √(mean(x²) + eps) · weight`.
 #[inline(always)]
