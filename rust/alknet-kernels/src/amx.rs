@@ -478,10 +478,14 @@ impl Arithmetic for Bf16Tiles {
     }
 
     #[inline(always)]
-    fn columns<'a>(x: &'a [f32], n: usize, buffer: &'a mut Vec<u32>) -> &'a [u32] {
-        Bf16::columns(x, n, buffer);
-        buffer.resize((buffer.len() / n).next_multiple_of(ROW_WORDS) * n, 0);
-        buffer
+    fn pack(x: &[f32], n: usize, words: &mut Vec<u32>) {
+        Bf16::pack(x, n, words);
+        words.resize((words.len() / n).next_multiple_of(ROW_WORDS) * n, 0);
+    }
+
+    #[inline(always)]
+    fn packed<'a>(x: &'a [f32], words: &'a [u32]) -> &'a [u32] {
+        Bf16::packed(x, words)
     }
 
     #[inline(always)]

@@ -62,9 +62,13 @@ impl Arithmetic for Bf16 {
     }
 
     #[inline(always)]
-    fn columns<'a>(x: &'a [f32], n: usize, buffer: &'a mut Vec<u32>) -> &'a [u32] {
-        pair_all(|j| &x[j * n..][..n], x.len() / n, n, buffer);
-        buffer
+    fn pack(x: &[f32], n: usize, words: &mut Vec<u32>) {
+        pair_all(|j| &x[j * n..][..n], x.len() / n, n, words);
+    }
+
+    #[inline(always)]
+    fn packed<'a>(_x: &'a [f32], words: &'a [u32]) -> &'a [u32] {
+        words
     }
 
     #[inline(always)]

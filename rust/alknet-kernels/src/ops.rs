@@ -3,7 +3,7 @@
 use std::{cell::RefCell, ops::Range};
 
 use crate::{
-    attention::AttentionTask,
+    attention::{AttentionTask, tokens_per_block},
     dispatch::Kernels,
     isa::{Isa, UnsupportedIsa},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
@@ -21,8 +21,8 @@ const PANEL_PAIR: usize = 2;
 /// Tasks per thread below which a product is split over rows as well.
 const MIN_TASKS_PER_THREAD: usize = 4;
 
-/// Queries of one attention task, over all heads that share the keys.
-const QUERY_ROWS: usize = 96;
+/// Blocks of queries of one attention task at most: they share the keys that were made ready.
+const MAX_QUERY_BLOCKS: usize = 4;
 
 /// Kernels of one instruction set on one thread pool.
 #[derive(Debug)]
@@ -314,7 +314,10 @@ impl Pass {
     /// # Shapes
     /// - `qkv`: `[rows, qkv_width]`; `out`: `[rows, query_width]`
     pub fn attention(&self, heads: Heads, segments: &[Segment<'_>], qkv: &[f32], out: &mut [f32]) {
-        let block = (QUERY_ROWS / heads.group()).max(8);
+        let block = tokens_per_block(heads.group());
+        let all = segments.iter().map(|segment| segment.rows.len()).sum::<usize>();
+        let fair = all * heads.num_key_value_heads / (MIN_TASKS_PER_THREAD * self.turn.threads());
+        let block = block * fair.div_ceil(block).clamp(1, MAX_QUERY_BLOCKS);
         // The last tokens see most keys: the longest tasks come first.
         let mut tasks = Vec::new();
         for segment in segments {
