@@ -10,7 +10,7 @@ use crate::{
     scalar::{self, LANES, Place, TileHeads},
 };
 #[cfg(target_arch = "x86_64")]
-use crate::{amx, avx2, avx512, avx512bf16};
+use crate::{amx, avx2, avx512, avx512bf16, avxvnni};
 
 type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);
 type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
@@ -69,6 +69,8 @@ impl Kernels {
             Isa::Avx512Bf16 => &avx512bf16::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => &avxvnni::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => &avx2::KERNELS,
             _ => &SCALAR,
