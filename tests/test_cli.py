@@ -224,7 +224,7 @@ class TestAbout:
     def test_doctor(self, run, tiny_folder):
         result = run("doctor")
         assert result.exit_code == 0, result.output
-        for what in ("instruction sets", "threads", f"detector: {tiny_folder}", "engine: native"):
+        for what in ("instruction sets", "instruction set: ", "threads", f"detector: {tiny_folder}", "engine: native"):
             assert what in result.output
         assert "4 files, all as in the manifest" in result.output
 

@@ -48,11 +48,13 @@ fn cpu_has_tiles() -> bool {
     const TILE_LEAF: u32 = 0x1d;
     // SAFETY: every x86-64 CPU has CPUID.
     unsafe {
-        if __cpuid(0).eax < TILE_LEAF || __cpuid_count(7, 0).edx & BF16_TILE_INT8 != BF16_TILE_INT8 {
+        if __cpuid(0).eax < TILE_LEAF || __cpuid_count(7, 0).edx & BF16_TILE_INT8 != BF16_TILE_INT8
+        {
             return false;
         }
         let palette = __cpuid_count(TILE_LEAF, 1);
-        let (row_bytes, tiles, rows) = (palette.ebx & 0xffff, palette.ebx >> 16, palette.ecx & 0xffff);
+        let (row_bytes, tiles, rows) =
+            (palette.ebx & 0xffff, palette.ebx >> 16, palette.ecx & 0xffff);
         row_bytes as usize == ROW_BYTES && tiles == 8 && rows as usize == ROWS
     }
 }
@@ -536,7 +538,8 @@ unsafe fn bf16_product<const ADD: bool>(a: &Operand<'_, u32>, b: &[u32], n: usiz
     for row in (0..rows).step_by(2 * ROWS) {
         // Where there is no second tile of rows or columns, the first one is computed twice.
         let upper = ROWS.min(rows - row);
-        let (below, lower) = if rows > row + ROWS { (ROWS, ROWS.min(rows - row - ROWS)) } else { (0, upper) };
+        let (below, lower) =
+            if rows > row + ROWS { (ROWS, ROWS.min(rows - row - ROWS)) } else { (0, upper) };
         tiles.reshape(upper, lower);
         for column in (0..n).step_by(2 * LANES) {
             let right = if column + LANES < n { LANES } else { 0 };
@@ -552,7 +555,12 @@ unsafe fn bf16_product<const ADD: bool>(a: &Operand<'_, u32>, b: &[u32], n: usiz
                     [b, b.add(right)],
                     n,
                     depth / ROW_WORDS,
-                    [c.add(at(0, 0)), c.add(at(0, right)), c.add(at(below, 0)), c.add(at(below, right))],
+                    [
+                        c.add(at(0, 0)),
+                        c.add(at(0, right)),
+                        c.add(at(below, 0)),
+                        c.add(at(below, right)),
+                    ],
                 );
             }
         }

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use crate::{amx, avx2, avx512, avx512bf16, avxvnni};
 use crate::{
     attention::{AttentionTask, FP32_SCRATCH, Portable, attention},
     isa::{Isa, UnsupportedIsa},
@@ -9,8 +11,6 @@ use crate::{
     rows::QuantizedRows,
     scalar::{self, LANES, Place, TileHeads},
 };
-#[cfg(target_arch = "x86_64")]
-use crate::{amx, avx2, avx512, avx512bf16, avxvnni};
 
 type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);
 type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);

@@ -21,14 +21,8 @@ pub enum Isa {
 
 impl Isa {
     /// All instruction sets, slowest first.
-    pub const ALL: [Self; 6] = [
-        Self::Scalar,
-        Self::Avx2,
-        Self::AvxVnni,
-        Self::Avx512,
-        Self::Avx512Bf16,
-        Self::Amx,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// Whether this CPU and operating system can run it.
     pub fn is_available(self) -> bool {

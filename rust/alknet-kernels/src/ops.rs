@@ -305,7 +305,9 @@ impl Pass {
             let place = Place { out: &out, start, stride: heads.qkv_width() };
             let tile_heads = TileHeads { head_dim: dim, padded, scales: &scales[within] };
             // SAFETY: every head of a row belongs to one task.
-            unsafe { self.kernels.finish_qkv(tile, &tile_heads, &angles[rows.start * dim..], &place) };
+            unsafe {
+                self.kernels.finish_qkv(tile, &tile_heads, &angles[rows.start * dim..], &place)
+            };
         });
     }
 

@@ -139,7 +139,8 @@ pub(crate) fn short_exp(x: f32) -> f32 {
 
 /// Coefficients of `2ʳ`, highest power first, for `|r| ≤ ½`: off by 3 parts in a million (fitted for the
 /// least relative error, with no error at zero).
-pub(crate) const POWER_OF_TWO: [f32; 5] = [9.582_85e-3, 5.590_643e-2, 2.402_41e-1, 6.931_242e-1, 1.0];
+pub(crate) const POWER_OF_TWO: [f32; 5] =
+    [9.582_85e-3, 5.590_643e-2, 2.402_41e-1, 6.931_242e-1, 1.0];
 
 /// What exponentials take; unlike `f32::clamp` one instruction a side.
 #[inline(always)]
@@ -173,6 +174,7 @@ impl Place<'_> {
     ///
     /// # Safety
     /// They must belong to this task alone (see [`Shared::range`]).
+    #[expect(clippy::mut_from_ref, reason = "tasks hold rows that do not overlap")]
     #[inline(always)]
     unsafe fn row(&self, row: usize, len: usize) -> &mut [f32] {
         // SAFETY: this function's contract.
