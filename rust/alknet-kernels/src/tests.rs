@@ -92,6 +92,31 @@ fn a_number_that_is_not_finite_makes_the_whole_row_nan() {
     }
 }
 
+/// Tile state in use is what a change of threads has to save.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn tiles_are_released_when_a_step_ends() {
+    #[target_feature(enable = "xsave")]
+    fn states_in_use() -> u64 {
+        // SAFETY: register 1 exists on every CPU with AMX.
+        unsafe { std::arch::x86_64::_xgetbv(1) }
+    }
+    if !Isa::Amx.is_available() {
+        return;
+    }
+    let engine = Engine::new(Some(Isa::Amx), Some(1)).unwrap();
+    let w = pack(&engine, 40, 70, &noise(3, 40 * 70));
+    let heads = Heads { num_attention_heads: 2, num_key_value_heads: 1, head_dim: 8 };
+    let (pass, mut q, mut out) = (engine.pass(), QuantizedRows::default(), vec![0.0; 20 * 40]);
+    pass.quantize(&mut noise(2, 20 * 70), 70, &mut q);
+    pass.linear::<false>(&q, &w, 40, &mut out);
+    let (keys, values, qkv) = (noise(4, 20 * 8), noise(5, 20 * 8), noise(6, 20 * 32));
+    let segment = Segment { rows: 0..20, first: 0, keys: &keys, values: &values };
+    pass.attention(heads, &[segment], &qkv, &mut out[..20 * 16]);
+    // SAFETY: the CPU has AMX, so that the system uses XSAVE.
+    assert_eq!(unsafe { states_in_use() } >> 17 & 3, 0);
+}
+
 /// Attention in fp64, `[heads, tokens, head_dim]`.
 fn plain_attention(task: &AttentionTask<'_>) -> Vec<f64> {
     let dim = task.head_dim;
@@ -197,7 +222,7 @@ proptest! {
 
     #[test]
     fn products_have_the_same_bits_and_are_near_exact(
-        rows in 1usize..60,
+        rows in 1usize..150,
         outputs in 1usize..90,
         inputs in 1usize..200,
         threads in 1usize..4,
@@ -243,7 +268,7 @@ proptest! {
         heads in 1usize..4,
         tokens in 1usize..40,
         first in 0usize..150,
-        pairs in 1usize..12,
+        pairs in 1usize..40,
         seed: u64,
     ) {
         let (dim, end) = (2 * pairs, first + tokens);
