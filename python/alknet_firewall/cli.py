@@ -371,7 +371,7 @@ def doctor(detector: str | None) -> None:
 
 
 def _choice(configured: str | None, available: str) -> str:
-    """Which instruction set the native engine runs on, and why; `available` lists the slowest first."""
+    """The native engine's instruction set, and why; `available` lists the slowest first."""
     fastest = available.rsplit(", ", 1)[-1]
     if configured is not None:
         return f"{configured} (as configured; the fastest that this CPU has is {fastest})"
