@@ -57,10 +57,17 @@ def least_ms(rates: dict[str, float], work: Work, tokens: int, isa: str) -> floa
     Weights stream from memory while the arithmetic of the products, in int8, and of attention, in
     the fastest floating point there is, run one after the other: they use the same units.
     """
-    int8 = rates.get(f"int8_{isa}", rates.get("int8_avx2"))
-    floating = rates.get(f"bf16_{isa}", rates.get(f"fp32_{isa}", rates.get("fp32_avx2")))
+    int8 = _fastest(rates, isa, "int8")
+    floating = _fastest(rates, isa, "bf16", "fp32")
     if int8 is None or floating is None:
         return None
     pairs = tokens * (tokens + 1) / 2
     arithmetic = work.weights * tokens / int8 + work.attention * pairs / floating
     return 1e3 * max(arithmetic, work.weights / rates["stream_bytes_per_s"])
+
+
+def _fastest(rates: dict[str, float], isa: str, *formats: str) -> float | None:
+    """The highest rate of some number formats: of one instruction set, or of all for "best"."""
+    names = (name.split("_") for name in rates if name.startswith(formats))
+    found = [rates[f"{form}_{has}"] for form, has in names if isa in ("best", has)]
+    return max(found, default=None)

@@ -107,7 +107,10 @@ use x86::tiles;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use std::{arch::x86_64::*, hint::black_box};
+    use std::{
+        arch::{asm, x86_64::*},
+        hint::black_box,
+    };
 
     use alknet_kernels::Isa;
 
@@ -134,13 +137,19 @@ mod x86 {
         }
         if Isa::Avx512.is_available() {
             // SAFETY: the CPU has AVX-512 with VNNI.
-            tiles.push(tile("int8_best", |a, b| unsafe { int8_avx512(a, b) }, 12 * 2, 64, BYTES));
+            tiles.push(tile("int8_avx512", |a, b| unsafe { int8_avx512(a, b) }, 12 * 2, 64, BYTES));
             // SAFETY: as above.
-            tiles.push(tile("fp32_best", |a, b| unsafe { fp32_avx512(a, b) }, 12 * 2, 16, FP32));
+            tiles.push(tile("fp32_avx512", |a, b| unsafe { fp32_avx512(a, b) }, 12 * 2, 16, FP32));
         }
         if Isa::Avx512Bf16.is_available() {
             // SAFETY: the CPU has AVX-512 with BF16.
-            tiles.push(tile("bf16_best", |a, b| unsafe { bf16_avx512(a, b) }, 12 * 2, 32, BF16));
+            tiles.push(tile("bf16_avx512", |a, b| unsafe { bf16_avx512(a, b) }, 12 * 2, 32, BF16));
+        }
+        if Isa::Amx.is_available() {
+            // SAFETY: the CPU has AMX, and this process may use it.
+            tiles.push(tile("int8_amx", |a, b| unsafe { int8_amx(a, b) }, 2 * 2 * 16, 1024, BYTES));
+            // SAFETY: as above.
+            tiles.push(tile("bf16_amx", |a, b| unsafe { bf16_amx(a, b) }, 2 * 2 * 16, 512, BF16));
         }
         tiles
     }
@@ -221,6 +230,52 @@ mod x86 {
         |word: u32| bf16(_mm512_set1_epi32(word as i32)),
         |sum, row, weights| _mm512_dpbf16_ps(sum, row, weights)
     );
+
+    /// Two by two tiles of sums, and the instruction that adds to them.
+    macro_rules! amx_loop {
+        ($name:ident, $multiply:literal) => {
+            /// # Safety
+            /// `Isa::Amx` must be available.
+            unsafe fn $name(rows: &[u32], weights: &[u32]) {
+                assert!(rows.len() >= 2 * 256 && weights.len() >= 2 * 256);
+                // Palette 1, then the bytes and the number of the rows of eight tiles.
+                let mut configuration = [0_u8; 64];
+                configuration[0] = 1;
+                for tile in 0..8 {
+                    (configuration[16 + 2 * tile], configuration[48 + tile]) = (64, 16);
+                }
+                // SAFETY: AMX is available; the loads stay within the two tiles of each operand.
+                unsafe {
+                    asm!(
+                        "ldtilecfg [{configuration}]",
+                        "2:",
+                        "tileloadd tmm4, [{rows} + {line}]",
+                        "tileloadd tmm6, [{weights} + {line}]",
+                        "tileloadd tmm7, [{weights} + {line} + 1024]",
+                        "tileloadd tmm5, [{rows} + {line} + 1024]",
+                        concat!($multiply, " tmm0, tmm4, tmm6"),
+                        concat!($multiply, " tmm1, tmm4, tmm7"),
+                        concat!($multiply, " tmm2, tmm5, tmm6"),
+                        concat!($multiply, " tmm3, tmm5, tmm7"),
+                        "dec {steps}",
+                        "jnz 2b",
+                        "tilerelease",
+                        configuration = in(reg) configuration.as_ptr(),
+                        rows = in(reg) rows.as_ptr(),
+                        weights = in(reg) weights.as_ptr(),
+                        line = in(reg) 64_usize,
+                        steps = inout(reg) STEPS => _,
+                        out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                        out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                        options(nostack, readonly),
+                    );
+                }
+            }
+        };
+    }
+
+    amx_loop!(int8_amx, "tdpbsud");
+    amx_loop!(bf16_amx, "tdpbf16ps");
 
     #[target_feature(enable = "avx2")]
     fn load_256(words: &[u32; 8]) -> __m256i {

@@ -226,7 +226,14 @@ class TestAbout:
         assert result.exit_code == 0, result.output
         for what in ("instruction sets", "threads", f"detector: {tiny_folder}", "engine: native"):
             assert what in result.output
+        assert "the fastest that this CPU has" in result.output
         assert "4 files, all as in the manifest" in result.output
+
+    def test_doctor_names_the_configured_instruction_set(self, run, monkeypatch):
+        monkeypatch.setenv("ALKNET_ISA", "scalar")
+        output = run("doctor").output
+        assert "instruction set: scalar (as configured; the fastest that this CPU has is" in output
+        assert "engine: native (scalar," in output
 
 
 class TestFiles:

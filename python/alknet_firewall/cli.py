@@ -348,10 +348,12 @@ def bundle(out: Path | None, detector: str | None) -> None:
 @_detector_option
 def doctor(detector: str | None) -> None:
     """Say what this machine has, what is used, and how fast it is."""
-    for key, value in sorted(_core.build_info().items()):
+    info = _core.build_info()
+    for key, value in sorted(info.items()):
         click.echo(f"{key}: {value}")
     config = FirewallConfig.load()
     click.echo(f"configuration: {config}")
+    click.echo(f"instruction set: {_choice(config.isa, info['instruction sets'])}")
     folder = find_detector(detector or config.detector)
     click.echo(f"detector: {folder}")
     from .bundle import verify as check
@@ -366,6 +368,14 @@ def doctor(detector: str | None) -> None:
         start = time.perf_counter()
         alarm = firewall.screen(text)
         click.echo(f"{alarm.n_tokens} tokens: {alarm.level.name} in {_ms(start)}")
+
+
+def _choice(configured: str | None, available: str) -> str:
+    """The native engine's instruction set, and why; `available` lists the slowest first."""
+    fastest = available.rsplit(", ", 1)[-1]
+    if configured is not None:
+        return f"{configured} (as configured; the fastest that this CPU has is {fastest})"
+    return f"{fastest} (the fastest that this CPU has)"
 
 
 def _ms(start: float) -> str:

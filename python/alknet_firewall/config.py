@@ -39,8 +39,8 @@ class FirewallConfig:
     threads : int or None
         Threads of the engine, at least 1; None takes what affinity and the container's quota allow.
     isa : str or None
-        Holds the native engine to an instruction set (``scalar``, ``avx2``, ``avx512``); None takes
-        the best one of this CPU.
+        Holds the native engine to an instruction set (``scalar``, ``avx2``, ``avxvnni``,
+        ``avx512``, ``avx512bf16``, ``amx``); None takes the best one of this CPU.
     on_error : "raise" or "block"
         Whether a failed screening raises, or gives a DANGEROUS alarm that says so.
 

@@ -1,4 +1,4 @@
-//! Times the native engine's pass: `forward DETECTOR_FOLDER [ISA] [THREADS] [CALLERS]`.
+//! Times the native engine's pass: `forward DETECTOR_FOLDER [ISA] [THREADS] [CALLERS] [TOKENS,…]`.
 //!
 //! Prints the time to load, then for several lengths the least and the median time of a pass up to
 //! layer 14, and with more than one caller the tokens per second of all of them together.
@@ -26,11 +26,14 @@ impl Sink for Discard {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let folder =
-        arguments.next().ok_or("usage: forward DETECTOR_FOLDER [ISA] [THREADS] [CALLERS]")?;
+    let folder = arguments
+        .next()
+        .ok_or("usage: forward DETECTOR_FOLDER [ISA] [THREADS] [CALLERS] [TOKENS,…]")?;
     let isa = arguments.next().map(|name| name.parse()).transpose()?;
     let threads = arguments.next().map(|number| number.parse()).transpose()?;
     let callers: usize = arguments.next().map_or(Ok(1), |number| number.parse())?;
+    let lengths = arguments.next().unwrap_or_else(|| "1,16,64,128,512,2048".into());
+    let lengths: Vec<u32> = lengths.split(',').map(str::parse).collect::<Result<_, _>>()?;
 
     let start = Instant::now();
     let folder = Path::new(&folder);
@@ -40,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let backend = NativeBackend::load(weights, &config, &sites, threads, isa)?;
     println!("{}, loaded in {:.1} ms", backend.name(), 1e3 * start.elapsed().as_secs_f64());
 
-    for len in [1, 16, 64, 128, 512, 2048] {
+    for len in lengths {
         let vocabulary = config.vocab_size as TokenId;
         let input_ids: Vec<_> = (0..len).map(|i| (i * 7919 + 13) % vocabulary).collect();
         if callers == 1 {

@@ -16,12 +16,20 @@
 //!
 //! Source: FlashAttention, arXiv 2205.14135.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, ops::Range};
 
 use crate::scalar::{LANES, exp};
 
 /// Keys that are read at a time.
 const KEY_BLOCK: usize = 64;
+
+/// Queries that are multiplied with a block of keys at a time: their scores stay in the first-level cache.
+const BLOCK_QUERIES: usize = 96;
+
+/// Tokens whose queries fill a block, where `heads` query heads share the keys.
+pub(crate) fn tokens_per_block(heads: usize) -> usize {
+    (BLOCK_QUERIES / heads).max(8)
+}
 
 /// Queries of one key/value head, for consecutive tokens of one sequence.
 pub(crate) struct AttentionTask<'a> {
@@ -75,8 +83,11 @@ pub(crate) trait Arithmetic {
         buffer: &'a mut Vec<Self::Word>,
     ) -> Operand<'a, Self::Word>;
 
-    /// Rows of `n` numbers as a right side, `[depth, n]`, depth rounded up to whole words.
-    fn columns<'a>(x: &'a [f32], n: usize, buffer: &'a mut Vec<Self::Word>) -> &'a [Self::Word];
+    /// Makes a right side of rows of `n` numbers: `[depth, n]`, depth rounded up to whole words.
+    fn pack(x: &[f32], n: usize, words: &mut Vec<Self::Word>);
+
+    /// What `pack` made of `x`, or `x` itself.
+    fn packed<'a>(x: &'a [f32], words: &'a [Self::Word]) -> &'a [Self::Word];
 
     /// `c = a · b`, or `c += a · b` when `ADD`.
     ///
@@ -89,6 +100,12 @@ pub(crate) trait Arithmetic {
         c: &mut [f32],
     );
 
+    /// `eˣ` for weights, of numbers up to zero; NaN stays NaN.
+    #[inline(always)]
+    fn exp(x: f32) -> f32 {
+        exp(x)
+    }
+
     /// [`crate::scalar::transpose`].
     fn transpose(
         x: &[f32],
@@ -99,19 +116,35 @@ pub(crate) trait Arithmetic {
     );
 }
 
-/// Buffers of one attention task, kept between tasks. `n` is the number of queries, rounded up.
+/// Buffers of one attention task, kept between tasks.
 #[derive(Default)]
 pub(crate) struct AttentionScratch<W> {
-    /// `[head_dim, n]`.
-    queries: Vec<f32>,
-    query_words: Vec<W>,
+    blocks: Vec<QueryBlock<W>>,
     /// `[KEY_BLOCK, n]`.
     scores: Vec<f32>,
     score_words: Vec<W>,
-    /// Left side of the product at hand, where it is not read from the cache.
-    left: Vec<W>,
+    /// Left sides of the products, where they are not read from the cache.
+    keys: Vec<W>,
+    values: Vec<W>,
+}
+
+/// Queries that are multiplied together: `n` of them, rounded up to whole vectors.
+#[derive(Default)]
+struct QueryBlock<W> {
+    /// Tokens of the task.
+    tokens: Range<usize>,
+    n: usize,
+    /// `[head_dim, n]`.
+    columns: Vec<f32>,
+    words: Vec<W>,
     /// `[head_dim, n]`.
     sums: Vec<f32>,
+    softmax: Softmax,
+}
+
+/// The running softmax of every query.
+#[derive(Default)]
+struct Softmax {
     /// `[n]`: positions of the queries.
     positions: Vec<u32>,
     /// `[n]`: largest score so far.
@@ -122,22 +155,110 @@ pub(crate) struct AttentionScratch<W> {
     correction: Vec<f32>,
 }
 
-impl<W: Copy + Default> AttentionScratch<W> {
-    fn reset(&mut self, task: &AttentionTask<'_>, n: usize) {
+impl<W: Copy + Default> QueryBlock<W> {
+    /// Reads the queries of `tokens`.
+    #[inline(always)]
+    fn start<A: Arithmetic<Word = W>>(&mut self, task: &AttentionTask<'_>, tokens: Range<usize>) {
+        let (dim, len) = (task.head_dim, tokens.len());
+        let n = (task.heads * len).next_multiple_of(LANES);
         // Columns beyond the queries hold zeros: they cost time, and nobody reads their result.
-        self.queries.clear();
-        self.queries.resize(task.head_dim * n, 0.0);
-        self.scores.resize(KEY_BLOCK * n, 0.0);
+        self.columns.clear();
+        self.columns.resize(dim * n, 0.0);
         self.sums.clear();
-        self.sums.resize(task.head_dim * n, 0.0);
+        self.sums.resize(dim * n, 0.0);
+        for head in 0..task.heads {
+            let queries = &task.queries[tokens.start * task.query_stride + head * dim..];
+            let columns = &mut self.columns[head * len..];
+            A::transpose(queries, task.query_stride, (len, dim), columns, n);
+        }
+        A::pack(&self.columns, n, &mut self.words);
+        let position = |i| (task.first + tokens.start + i % len) as u32;
+        self.softmax.reset((0..n).map(position));
+        (self.tokens, self.n) = (tokens, n);
+    }
+
+    /// Adds the keys from `start` on.
+    #[inline(always)]
+    fn add<A: Arithmetic<Word = W>>(
+        &mut self,
+        keys: &Operand<'_, W>,
+        values: &Operand<'_, W>,
+        start: usize,
+        scores: &mut [f32],
+        score_words: &mut Vec<W>,
+    ) {
+        let n = self.n;
+        A::product::<false>(keys, A::packed(&self.columns, &self.words), n, scores);
+        self.softmax.run::<A>(scores, n, start);
+        // Most keys leave all maxima as they are: multiplying by one would change nothing.
+        let correction = &self.softmax.correction;
+        if correction.iter().any(|c| *c != 1.0) {
+            for sums in self.sums.chunks_exact_mut(n) {
+                sums.iter_mut().zip(correction).for_each(|(sum, c)| *sum *= c);
+            }
+        }
+        A::pack(scores, n, score_words);
+        A::product::<true>(values, A::packed(scores, score_words), n, &mut self.sums);
+    }
+
+    /// Divides by the sums of weights and writes `[heads, task.tokens, head_dim]`.
+    #[inline(always)]
+    fn finish<A: Arithmetic<Word = W>>(&mut self, task: &AttentionTask<'_>, out: &mut [f32]) {
+        let (dim, len, n) = (task.head_dim, self.tokens.len(), self.n);
+        for sums in self.sums.chunks_exact_mut(n) {
+            sums.iter_mut().zip(&self.softmax.total).for_each(|(sum, total)| *sum /= total);
+        }
+        for head in 0..task.heads {
+            let out = &mut out[(head * task.tokens + self.tokens.start) * dim..];
+            A::transpose(&self.sums[head * len..], n, (dim, len), out, dim);
+        }
+    }
+}
+
+impl Softmax {
+    fn reset(&mut self, positions: impl ExactSizeIterator<Item = u32>) {
+        let n = positions.len();
         self.max.clear();
         self.max.resize(n, f32::NEG_INFINITY);
         self.total.clear();
         self.total.resize(n, 0.0);
         self.correction.resize(n, 0.0);
         self.positions.clear();
-        let position = |i| (task.first + i % task.tokens) as u32;
-        self.positions.extend((0..n).map(position));
+        self.positions.extend(positions);
+    }
+
+    /// Turns scores `[keys, n]` into exponentials relative to the largest score so far, zero for keys
+    /// after the query's position; `start` is the first key's position.
+    #[inline(always)]
+    fn run<A: Arithmetic>(&mut self, scores: &mut [f32], n: usize, start: usize) {
+        // Only the last blocks hold keys after the first query's position.
+        let last = start + scores.len() / n - 1;
+        if self.positions[0] as usize >= last {
+            self.columns::<A, false>(scores, n, start);
+        } else {
+            self.columns::<A, true>(scores, n, start);
+        }
+    }
+
+    /// [`Softmax::run`], a vector's width of columns at a time.
+    #[inline(always)]
+    fn columns<A: Arithmetic, const MASKED: bool>(
+        &mut self,
+        scores: &mut [f32],
+        n: usize,
+        start: usize,
+    ) {
+        for column in (0..n).step_by(LANES) {
+            softmax_columns::<A, MASKED>(
+                scores,
+                (n, column),
+                start,
+                lanes(&self.positions, column),
+                lanes_mut(&mut self.max, column),
+                lanes_mut(&mut self.total, column),
+                lanes_mut(&mut self.correction, column),
+            );
+        }
     }
 }
 
@@ -151,42 +272,29 @@ pub(crate) fn attention<A: Arithmetic>(
     scratch: &mut AttentionScratch<A::Word>,
     out: &mut [f32],
 ) {
-    let (dim, tokens) = (task.head_dim, task.tokens);
-    let n = (task.heads * tokens).next_multiple_of(LANES);
-    scratch.reset(task, n);
-    for head in 0..task.heads {
-        let queries = &task.queries[head * dim..];
-        let columns = &mut scratch.queries[head * tokens..];
-        A::transpose(queries, task.query_stride, (tokens, dim), columns, n);
+    let block = tokens_per_block(task.heads);
+    let blocks = task.tokens.div_ceil(block);
+    if scratch.blocks.len() < blocks {
+        scratch.blocks.resize_with(blocks, QueryBlock::default);
     }
-    let queries = A::columns(&scratch.queries, n, &mut scratch.query_words);
-    let end = task.first + tokens;
+    let AttentionScratch { blocks: all, scores, score_words, keys, values } = scratch;
+    let blocks = &mut all[..blocks];
+    for (i, queries) in blocks.iter_mut().enumerate() {
+        queries.start::<A>(task, i * block..task.tokens.min((i + 1) * block));
+    }
+    let end = task.first + task.tokens;
     for start in (0..end).step_by(KEY_BLOCK) {
         let len = KEY_BLOCK.min(end - start);
-        let scores = &mut scratch.scores[..len * n];
-        A::product::<false>(&A::keys(task, start, len, &mut scratch.left), queries, n, scores);
-        for column in (0..n).step_by(LANES) {
-            softmax_columns(
-                scores,
-                (n, column),
-                start,
-                lanes(&scratch.positions, column),
-                lanes_mut(&mut scratch.max, column),
-                lanes_mut(&mut scratch.total, column),
-                lanes_mut(&mut scratch.correction, column),
-            );
+        let keys = A::keys(task, start, len, keys);
+        let values = A::values(task, start, len, values);
+        for queries in blocks.iter_mut().filter(|block| start < task.first + block.tokens.end) {
+            scores.resize(len * queries.n, 0.0);
+            queries.add::<A>(&keys, &values, start, scores, score_words);
         }
-        for sums in scratch.sums.chunks_exact_mut(n) {
-            sums.iter_mut().zip(&scratch.correction).for_each(|(sum, c)| *sum *= c);
-        }
-        let scores = A::columns(scores, n, &mut scratch.score_words);
-        let values = A::values(task, start, len, &mut scratch.left);
-        A::product::<true>(&values, scores, n, &mut scratch.sums);
     }
-    for sums in scratch.sums.chunks_exact_mut(n) {
-        sums.iter_mut().zip(&scratch.total).for_each(|(sum, total)| *sum /= total);
+    for queries in blocks {
+        queries.finish::<A>(task, out);
     }
-    A::transpose(&scratch.sums, n, (dim, task.heads * tokens), out, dim);
 }
 
 fn lanes<T>(numbers: &[T], first: usize) -> &[T; LANES] {
@@ -198,12 +306,12 @@ fn lanes_mut<T>(numbers: &mut [T], first: usize) -> &mut [T; LANES] {
 }
 
 /// Turns a vector's width of columns of scores into exponentials relative to the largest score so
-/// far, zero for keys after the query's position.
+/// far, zero for keys after the query's position, of which there are none unless `MASKED`.
 ///
 /// # Shapes
 /// - `scores`: `[keys, n]`, of which columns `first..first + LANES`; `start` is the first key's position
 #[inline(always)]
-fn softmax_columns(
+fn softmax_columns<A: Arithmetic, const MASKED: bool>(
     scores: &mut [f32],
     (n, first): (usize, usize),
     start: usize,
@@ -216,20 +324,20 @@ fn softmax_columns(
     for (j, row) in scores.chunks_exact(n).enumerate() {
         let row = lanes(row, first);
         for i in 0..LANES {
-            let visible = positions[i] >= (start + j) as u32;
+            let visible = !MASKED || positions[i] >= (start + j) as u32;
             // NaN is passed over here; it comes back through the exponential.
             max[i] = if visible && row[i] > max[i] { row[i] } else { max[i] };
         }
     }
     for i in 0..LANES {
-        correction[i] = exp(old_max[i] - max[i]);
+        correction[i] = A::exp(old_max[i] - max[i]);
         total[i] *= correction[i];
     }
     for (j, row) in scores.chunks_exact_mut(n).enumerate() {
         let row = lanes_mut(row, first);
         for i in 0..LANES {
-            let visible = positions[i] >= (start + j) as u32;
-            row[i] = if visible { exp(row[i] - max[i]) } else { 0.0 };
+            let visible = !MASKED || positions[i] >= (start + j) as u32;
+            row[i] = if visible { A::exp(row[i] - max[i]) } else { 0.0 };
             total[i] += row[i];
         }
     }
@@ -266,7 +374,10 @@ macro_rules! fp32_operands {
         }
 
         #[inline(always)]
-        fn columns<'a>(x: &'a [f32], _n: usize, _buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        fn pack(_x: &[f32], _n: usize, _words: &mut Vec<f32>) {}
+
+        #[inline(always)]
+        fn packed<'a>(x: &'a [f32], _words: &'a [f32]) -> &'a [f32] {
             x
         }
     };

@@ -12,8 +12,17 @@ use crate::{
     scalar::{self, LANES},
 };
 
-pub(crate) static KERNELS: Kernels =
-    Kernels { isa: Isa::Avx2, rotate_quantize, rms_norm, matmul, silu_mul, attention };
+pub(crate) static KERNELS: Kernels = Kernels {
+    isa: Isa::Avx2,
+    rotate_quantize,
+    rms_norm,
+    matmul,
+    copy_tile: finish_linear::<false>,
+    add_tile: finish_linear::<true>,
+    finish_gate_up,
+    finish_qkv,
+    attention,
+};
 
 #[target_feature(enable = "avx2,fma")]
 fn rotate_quantize(x: &mut [f32], block: usize, out: &mut [i8]) -> (f32, i32) {
@@ -57,15 +66,7 @@ fn hadamard(x: &mut [f32; 64]) {
     }
 }
 
-#[target_feature(enable = "avx2,fma")]
-fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    scalar::rms_norm(x, weight, eps, out);
-}
-
-#[target_feature(enable = "avx2,fma")]
-fn silu_mul(tile: &mut [f32]) {
-    scalar::silu_mul(tile);
-}
+scalar::compile_for!("avx2,fma");
 
 #[target_feature(enable = "avx2,fma")]
 fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {

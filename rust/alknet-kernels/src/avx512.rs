@@ -10,10 +10,20 @@ use crate::{
     pack::PackedMatrix,
     rows::QuantizedRows,
     scalar::{self, LANES},
+    vnni::vnni_matmul,
 };
 
-pub(crate) static KERNELS: Kernels =
-    Kernels { isa: Isa::Avx512, rotate_quantize, rms_norm, matmul, silu_mul, attention };
+pub(crate) static KERNELS: Kernels = Kernels {
+    isa: Isa::Avx512,
+    rotate_quantize,
+    rms_norm,
+    matmul,
+    copy_tile: finish_linear::<false>,
+    add_tile: finish_linear::<true>,
+    finish_gate_up,
+    finish_qkv,
+    attention,
+};
 
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
 pub(crate) fn rotate_quantize(x: &mut [f32], block: usize, out: &mut [i8]) -> (f32, i32) {
@@ -53,136 +63,28 @@ fn hadamard(x: &mut [f32; 64]) {
     }
 }
 
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
-pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    scalar::rms_norm(x, weight, eps, out);
-}
-
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
-pub(crate) fn silu_mul(tile: &mut [f32]) {
-    scalar::silu_mul(tile);
-}
+scalar::compile_for!("avx2,fma,avx512f,avx512bw,avx512vl");
 
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
 fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
     FP32_SCRATCH.with_borrow_mut(|scratch| attention::attention::<Fma>(task, scratch, out));
 }
 
-/// Most rows of a tile: 12 rows of 2 panels use 24 of 32 registers for sums.
-const TILE_ROWS: usize = 12;
-
-/// [`scalar::matmul`] in tiles of up to 12 rows and 2 panels.
-///
-/// The next two panels are fetched meanwhile: with few rows a product waits for memory otherwise.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(crate) fn matmul(
-    x: &QuantizedRows,
-    rows: Range<usize>,
-    w: &PackedMatrix,
-    panels: Range<usize>,
-    out: &mut [f32],
-) {
-    let columns = panels.len() * LANES;
-    let tiles = rows.len().div_ceil(TILE_ROWS);
-    for panel in panels.clone().step_by(2) {
-        let mut fetch = w.panel_range(panel..panels.end);
-        if panel + 2 < panels.end {
-            fetch = w.panel_range(panel + 2..panels.end);
-        }
-        let mut row = rows.start;
-        for tile in 0..tiles {
-            // Tiles of nearly equal height keep more sums in flight than a short last one would.
-            let height = (rows.end - row).div_ceil(tiles - tile);
-            let first = (row - rows.start) * columns + (panel - panels.start) * LANES;
-            let out = &mut out[first..];
-            if panel + 1 < panels.end {
-                tile_of_height::<2>(height, x, row, w, panel, fetch, out, columns);
-            } else {
-                tile_of_height::<1>(height, x, row, w, panel, fetch, out, columns);
-            }
-            row += height;
-        }
-    }
-}
-
-/// Calls [`tile`] with a constant height.
-#[expect(clippy::too_many_arguments, reason = "what `tile` needs")]
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn tile_of_height<const P: usize>(
-    height: usize,
-    x: &QuantizedRows,
-    row: usize,
-    w: &PackedMatrix,
-    panel: usize,
-    fetch: &[u8],
-    out: &mut [f32],
-    columns: usize,
-) {
-    macro_rules! call {
-        ($($rows:literal)*) => {
-            match height {
-                $($rows => tile::<$rows, P>(x, row, w, panel, fetch, out, columns),)*
-                _ => unreachable!("tiles have 1 to {TILE_ROWS} rows"),
-            }
-        };
-    }
-    call!(1 2 3 4 5 6 7 8 9 10 11 12)
-}
-
-/// `R` rows by `P` panels, `columns` numbers from one row of `out` to the next; `fetch` is read soon.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn tile<const R: usize, const P: usize>(
-    x: &QuantizedRows,
-    row: usize,
-    w: &PackedMatrix,
-    panel: usize,
-    fetch: &[u8],
-    out: &mut [f32],
-    columns: usize,
-) {
-    let stride = x.stride();
-    let q = x.data[row * stride..][..R * stride].as_ptr();
-    let bytes = w.panel_range(panel..panel + P).as_ptr();
-    let mut sums = [[_mm512_setzero_si512(); P]; R];
-    for (r, sums) in sums.iter_mut().enumerate() {
-        *sums = [_mm512_set1_epi32(x.offsets[row + r]); P];
-    }
-    for k in (0..stride).step_by(4) {
-        let mut weights = [_mm512_setzero_si512(); P];
-        for (p, weights) in weights.iter_mut().enumerate() {
-            // SAFETY: panel `p` has 16 · stride bytes, and k ≤ stride − 4.
-            *weights = unsafe { _mm512_loadu_si512(bytes.add((p * stride + k) * LANES).cast()) };
-            let fetch = fetch.as_ptr().wrapping_add((p * stride + k) * LANES);
-            // SAFETY: a prefetch of any address is harmless.
-            #[allow(unused_unsafe, reason = "prefetching is unsafe in older compilers")]
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(fetch.cast())
-            };
-        }
-        for (r, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: row `r` has `stride` bytes, and k ≤ stride − 4.
-            let four = unsafe { q.add(r * stride + k).cast::<i32>().read_unaligned() };
-            let four = _mm512_set1_epi32(four);
-            for (sum, weights) in sums.iter_mut().zip(weights) {
-                *sum = _mm512_dpbusd_epi32(*sum, weights, four);
-            }
-        }
-    }
-    for (r, sums) in sums.iter().enumerate() {
-        let row_scale = _mm512_set1_ps(x.scales[row + r]);
-        for (p, sum) in sums.iter().enumerate() {
-            let out = &mut out[r * columns + p * LANES..][..LANES];
-            // SAFETY: the three slices have 16 numbers.
-            unsafe {
-                let scale = _mm512_loadu_ps(w.scales(panel + p).as_ptr());
-                let bias = _mm512_loadu_ps(w.bias(panel + p).as_ptr());
-                let product = _mm512_mul_ps(_mm512_cvtepi32_ps(*sum), row_scale);
-                let product = _mm512_add_ps(_mm512_mul_ps(product, scale), bias);
-                _mm512_storeu_ps(out.as_mut_ptr(), product);
-            }
-        }
-    }
+// 12 rows of 2 registers use 24 of 32 registers for sums.
+vnni_matmul! {
+    features: "avx512f,avx512bw,avx512vl,avx512vnni",
+    outputs: 16,
+    rows: 1 2 3 4 5 6 7 8 9 10 11 12,
+    zero: _mm512_setzero_si512,
+    splat: _mm512_set1_epi32,
+    load: _mm512_loadu_si512,
+    dot: _mm512_dpbusd_epi32,
+    convert: _mm512_cvtepi32_ps,
+    splat_float: _mm512_set1_ps,
+    load_float: _mm512_loadu_ps,
+    multiply: _mm512_mul_ps,
+    add: _mm512_add_ps,
+    store_float: _mm512_storeu_ps,
 }
 
 /// fp32 arithmetic of attention.

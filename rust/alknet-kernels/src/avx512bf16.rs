@@ -11,14 +11,14 @@ use crate::{
     avx512::{self, attention_product},
     dispatch::Kernels,
     isa::Isa,
-    scalar::LANES,
+    scalar::{LANES, POWER_OF_TWO, ROUNDING, power_of_two},
 };
 
 pub(crate) static KERNELS: Kernels = Kernels { isa: Isa::Avx512Bf16, attention, ..avx512::KERNELS };
 
 thread_local! {
     /// Buffers of attention in bf16, some 100 KiB per thread.
-    static SCRATCH: RefCell<AttentionScratch<u32>> = RefCell::default();
+    pub(crate) static SCRATCH: RefCell<AttentionScratch<u32>> = RefCell::default();
 }
 
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -27,7 +27,7 @@ fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
 }
 
 /// Pairs of bf16 numbers, the first in the lower half of a word.
-struct Bf16;
+pub(crate) struct Bf16;
 
 impl Arithmetic for Bf16 {
     type Word = u32;
@@ -62,15 +62,24 @@ impl Arithmetic for Bf16 {
     }
 
     #[inline(always)]
-    fn columns<'a>(x: &'a [f32], n: usize, buffer: &'a mut Vec<u32>) -> &'a [u32] {
-        pair_all(|j| &x[j * n..][..n], x.len() / n, n, buffer);
-        buffer
+    fn pack(x: &[f32], n: usize, words: &mut Vec<u32>) {
+        pair_all(|j| &x[j * n..][..n], x.len() / n, n, words);
+    }
+
+    #[inline(always)]
+    fn packed<'a>(_x: &'a [f32], words: &'a [u32]) -> &'a [u32] {
+        words
     }
 
     #[inline(always)]
     fn product<const ADD: bool>(a: &Operand<'_, u32>, b: &[u32], n: usize, c: &mut [f32]) {
         // SAFETY: only this file's `attention` uses this type, on a CPU with BF16.
         unsafe { bf16_product::<ADD>(a, b, n, c) }
+    }
+
+    #[inline(always)]
+    fn exp(x: f32) -> f32 {
+        short_exp(x)
     }
 
     #[inline(always)]
@@ -86,9 +95,26 @@ impl Arithmetic for Bf16 {
     }
 }
 
+/// `eˣ` of numbers up to zero within a part in 100,000, far less than what bf16 rounds off; NaN stays NaN.
+///
+/// Fuses multiplications with additions, so that it is for instruction sets of the AVX-512 family only.
+#[inline(always)]
+fn short_exp(x: f32) -> f32 {
+    use std::f32::consts::LOG2_E;
+    // Not `max`, which would turn NaN into a number.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let shifted = x.mul_add(LOG2_E, ROUNDING);
+    let r = x.mul_add(LOG2_E, ROUNDING - shifted);
+    let [mut p, rest @ ..] = POWER_OF_TWO;
+    for c in rest {
+        p = p.mul_add(r, c);
+    }
+    p * power_of_two(shifted)
+}
+
 /// Pairs rows `2j` and `2j + 1` of `len` rows; the partner of a last odd row is zero.
 #[inline(always)]
-fn pair_all<'a>(
+pub(crate) fn pair_all<'a>(
     rows: impl Fn(usize) -> &'a [f32],
     len: usize,
     width: usize,
@@ -96,54 +122,78 @@ fn pair_all<'a>(
 ) {
     buffer.resize(len.div_ceil(2) * width, 0);
     for (j, out) in buffer.chunks_exact_mut(width).enumerate() {
-        let second = if 2 * j + 1 < len { rows(2 * j + 1) } else { &[] };
+        let second = (2 * j + 1 < len).then(|| rows(2 * j + 1));
         // SAFETY: only this file's `attention` comes here, on a CPU with BF16.
         unsafe { pair_rows(rows(2 * j), second, out) };
     }
 }
 
-/// Mask of the numbers that are left from `first` on, at most a vector's.
-fn mask(len: usize, first: usize) -> u16 {
-    let left = len.saturating_sub(first).min(LANES);
-    ((1u32 << left) - 1) as u16
-}
-
 /// `out[i] = (x[2i], x[2i + 1])`.
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn pair_neighbours(x: &[f32], out: &mut [u32]) {
+pub(crate) fn pair_neighbours(x: &[f32], out: &mut [u32]) {
     assert_eq!(x.len(), 2 * out.len());
-    for first in (0..x.len()).step_by(2 * LANES) {
-        // SAFETY: masks keep every access within the two slices.
-        unsafe {
-            let at = x.as_ptr().add(first);
-            let low = _mm512_maskz_loadu_ps(mask(x.len(), first), at);
-            let high = mask(x.len(), first + LANES);
-            let high = _mm512_maskz_loadu_ps(high, at.wrapping_add(LANES));
-            let pairs: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-            let out_mask = mask(out.len(), first / 2);
-            _mm512_mask_storeu_epi32(out.as_mut_ptr().add(first / 2).cast(), out_mask, pairs);
-        }
+    let ((x, x_rest), (out, out_rest)) = (x.as_chunks::<{ 2 * LANES }>(), out.as_chunks_mut());
+    for (x, out) in x.iter().zip(out) {
+        pair_32_neighbours(x, out);
+    }
+    if !out_rest.is_empty() {
+        let (mut last, mut pairs) = ([0.0; 2 * LANES], [0; LANES]);
+        last[..x_rest.len()].copy_from_slice(x_rest);
+        pair_32_neighbours(&last, &mut pairs);
+        out_rest.copy_from_slice(&pairs[..out_rest.len()]);
     }
 }
 
-/// `out[i] = (x[i], y[i])`, with zero for what `y` lacks.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn pair_rows(x: &[f32], y: &[f32], out: &mut [u32]) {
-    assert!(x.len() == out.len() && y.len() <= x.len());
-    // Numbers 0 and 16, 1 and 17, …
-    let interleave: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
-    // SAFETY: the array is as long as the register; masks keep every access within the slices.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pair_32_neighbours(x: &[f32; 2 * LANES], out: &mut [u32; LANES]) {
+    // SAFETY: the arrays are as long as the registers; any pattern is a row of bf16 numbers.
     unsafe {
-        let interleave = _mm512_loadu_si512(interleave.as_ptr().cast());
-        for first in (0..x.len()).step_by(LANES) {
-            let low = _mm512_maskz_loadu_ps(mask(x.len(), first), x.as_ptr().add(first));
-            let high = y.as_ptr().wrapping_add(first);
-            let high = _mm512_maskz_loadu_ps(mask(y.len(), first), high);
-            let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-            let pairs = _mm512_permutexvar_epi16(interleave, halves);
-            let out_mask = mask(out.len(), first);
-            _mm512_mask_storeu_epi32(out.as_mut_ptr().add(first).cast(), out_mask, pairs);
+        let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(LANES)));
+        let pairs: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+        _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs);
+    }
+}
+
+/// `out[i] = (x[i], y[i])`, or `(x[i], 0)` without `y`.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pair_rows(x: &[f32], y: Option<&[f32]>, out: &mut [u32]) {
+    assert!(x.len() == out.len() && y.is_none_or(|y| y.len() == x.len()));
+    let zeros = [0.0; LANES];
+    let ((x, x_rest), (out, out_rest)) = (x.as_chunks(), out.as_chunks_mut());
+    let (y, y_rest) = y.unwrap_or_default().as_chunks();
+    for (i, (x, out)) in x.iter().zip(out).enumerate() {
+        pair_16(x, y.get(i).unwrap_or(&zeros), out);
+    }
+    if !out_rest.is_empty() {
+        let (mut low, mut high, mut pairs) = (zeros, zeros, [0; LANES]);
+        low[..x_rest.len()].copy_from_slice(x_rest);
+        high[..y_rest.len()].copy_from_slice(y_rest);
+        pair_16(&low, &high, &mut pairs);
+        out_rest.copy_from_slice(&pairs[..out_rest.len()]);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pair_16(x: &[f32; LANES], y: &[f32; LANES], out: &mut [u32; LANES]) {
+    /// Numbers 0 and 16, 1 and 17, …
+    const INTERLEAVE: [u16; 32] = {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            order[i] = (i / 2 + i % 2 * 16) as u16;
+            i += 1;
         }
+        order
+    };
+    // SAFETY: the arrays are as long as the registers; any pattern is a row of bf16 numbers.
+    unsafe {
+        let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(y.as_ptr()));
+        let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+        let interleave = _mm512_loadu_si512(INTERLEAVE.as_ptr().cast());
+        let pairs = _mm512_permutexvar_epi16(interleave, halves);
+        _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs);
     }
 }
 

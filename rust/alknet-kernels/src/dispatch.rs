@@ -2,20 +2,21 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use crate::{amx, avx2, avx512, avx512bf16, avxvnni};
 use crate::{
     attention::{AttentionTask, FP32_SCRATCH, Portable, attention},
     isa::{Isa, UnsupportedIsa},
     pack::PackedMatrix,
     rows::QuantizedRows,
-    scalar::{self, LANES},
+    scalar::{self, LANES, Place, TileHeads},
 };
-#[cfg(target_arch = "x86_64")]
-use crate::{avx2, avx512, avx512bf16};
 
 type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);
 type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
 type Matmul = unsafe fn(&QuantizedRows, Range<usize>, &PackedMatrix, Range<usize>, &mut [f32]);
-type SiluMul = unsafe fn(&mut [f32]);
+type FinishTile = unsafe fn(&[f32], usize, usize, &Place<'_>);
+type FinishQkv = unsafe fn(&mut [f32], &TileHeads<'_>, &[f32], &Place<'_>);
 type Attention = unsafe fn(&AttentionTask<'_>, &mut [f32]);
 
 /// Kernels of one instruction set that this CPU has.
@@ -27,7 +28,10 @@ pub(crate) struct Kernels {
     pub(crate) rotate_quantize: RotateQuantize,
     pub(crate) rms_norm: RmsNorm,
     pub(crate) matmul: Matmul,
-    pub(crate) silu_mul: SiluMul,
+    pub(crate) copy_tile: FinishTile,
+    pub(crate) add_tile: FinishTile,
+    pub(crate) finish_gate_up: FinishTile,
+    pub(crate) finish_qkv: FinishQkv,
     pub(crate) attention: Attention,
 }
 
@@ -39,7 +43,10 @@ static SCALAR: Kernels = Kernels {
     },
     rms_norm: |x, weight, eps, out| scalar::rms_norm(x, weight, eps, out),
     matmul: |x, rows, w, panels, out| scalar::matmul(x, rows, w, panels, out),
-    silu_mul: |tile| scalar::silu_mul(tile),
+    copy_tile: scalar::finish_linear::<false>,
+    add_tile: scalar::finish_linear::<true>,
+    finish_gate_up: scalar::finish_gate_up,
+    finish_qkv: scalar::finish_qkv,
     attention: |task, out| {
         FP32_SCRATCH.with_borrow_mut(|scratch| attention::<Portable>(task, scratch, out));
     },
@@ -57,9 +64,13 @@ impl Kernels {
         }
         Ok(match isa {
             #[cfg(target_arch = "x86_64")]
+            Isa::Amx => &amx::KERNELS,
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => &avx512bf16::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => &avxvnni::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => &avx2::KERNELS,
             _ => &SCALAR,
@@ -101,10 +112,50 @@ impl Kernels {
         unsafe { (self.matmul)(x, rows, w, panels, out) }
     }
 
-    /// [`scalar::silu_mul`].
-    pub(crate) fn silu_mul(&self, tile: &mut [f32]) {
-        // SAFETY: the table was handed out after the CPU check.
-        unsafe { (self.silu_mul)(tile) }
+    /// [`scalar::finish_linear`].
+    ///
+    /// # Safety
+    /// The place must belong to this task alone.
+    pub(crate) unsafe fn finish_linear<const ADD: bool>(
+        &self,
+        tile: &[f32],
+        columns: usize,
+        width: usize,
+        place: &Place<'_>,
+    ) {
+        let finish = if ADD { self.add_tile } else { self.copy_tile };
+        // SAFETY: the table was handed out after the CPU check; and this function's contract.
+        unsafe { finish(tile, columns, width, place) }
+    }
+
+    /// [`scalar::finish_gate_up`].
+    ///
+    /// # Safety
+    /// The place must belong to this task alone.
+    pub(crate) unsafe fn finish_gate_up(
+        &self,
+        tile: &[f32],
+        columns: usize,
+        width: usize,
+        place: &Place<'_>,
+    ) {
+        // SAFETY: as above.
+        unsafe { (self.finish_gate_up)(tile, columns, width, place) }
+    }
+
+    /// [`scalar::finish_qkv`].
+    ///
+    /// # Safety
+    /// The place must belong to this task alone.
+    pub(crate) unsafe fn finish_qkv(
+        &self,
+        tile: &mut [f32],
+        heads: &TileHeads<'_>,
+        angles: &[f32],
+        place: &Place<'_>,
+    ) {
+        // SAFETY: as above.
+        unsafe { (self.finish_qkv)(tile, heads, angles, place) }
     }
 
     /// [`attention`]: `[heads, tokens, head_dim]` into `out`.

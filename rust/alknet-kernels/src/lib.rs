@@ -8,7 +8,7 @@
 //! Integer sums are exact and every fp32 step has one order of operations, so a row's result does
 //! not depend on its batch, on the number of threads, or on how the input was cut into chunks. Only
 //! attention's products round differently between instruction sets: [`Isa::Scalar`] does not fuse
-//! multiply and add, [`Isa::Avx512Bf16`] rounds their inputs to bf16; the other two agree.
+//! multiply and add, [`Isa::Avx512Bf16`] and [`Isa::Amx`] round their inputs to bf16; the others agree.
 //!
 //! The scalar code is the specification; one file per instruction set stands beside it:
 //!
@@ -16,7 +16,8 @@
 //! |---|---|
 //! | `isa.rs` | which instruction sets this CPU has |
 //! | `scalar.rs`, `attention.rs` | what every kernel computes, written so that LLVM vectorises it |
-//! | `avx2.rs`, `avx512.rs`, `avx512bf16.rs` | the same kernels, with intrinsics where LLVM falls short |
+//! | `avx2.rs`, `avxvnni.rs`, `avx512.rs`, `avx512bf16.rs`, `amx.rs` | the same kernels, with intrinsics where LLVM falls short |
+//! | `vnni.rs` | the product of bytes that `avxvnni.rs` and `avx512.rs` share |
 //! | `dispatch.rs` | the table of kernels of one instruction set |
 //! | `pack.rs` | 8-bit weights in the order in which the kernels read them |
 //! | `rows.rs` | 8-bit activations |
@@ -25,6 +26,8 @@
 //!
 //! Source of the rotation: QuaRot, arXiv 2404.00456.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -32,6 +35,8 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512bf16;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 mod dispatch;
 mod isa;
 mod ops;
@@ -41,6 +46,8 @@ mod rows;
 mod scalar;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 pub use isa::{Isa, UnknownIsa, UnsupportedIsa};
 pub use ops::{Engine, Heads, Pass, Segment};

@@ -3,17 +3,17 @@
 use std::{cell::RefCell, ops::Range};
 
 use crate::{
-    attention::AttentionTask,
+    attention::{AttentionTask, tokens_per_block},
     dispatch::Kernels,
     isa::{Isa, UnsupportedIsa},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
     pool::{Pool, Shared, Turn},
     rows::QuantizedRows,
-    scalar::{self, LANES},
+    scalar::{self, LANES, Place, TileHeads},
 };
 
 /// Rows of one product between two visits of the epilogue: its tile stays in the first-level cache.
-const ROW_BLOCK: usize = 48;
+const ROW_BLOCK: usize = 128;
 
 /// Panels that are computed together: 32 outputs.
 const PANEL_PAIR: usize = 2;
@@ -21,8 +21,8 @@ const PANEL_PAIR: usize = 2;
 /// Tasks per thread below which a product is split over rows as well.
 const MIN_TASKS_PER_THREAD: usize = 4;
 
-/// Queries of one attention task, over all heads that share the keys.
-const QUERY_ROWS: usize = 96;
+/// Blocks of queries of one attention task at most: they share the keys that were made ready.
+const MAX_QUERY_BLOCKS: usize = 4;
 
 /// Kernels of one instruction set on one thread pool.
 #[derive(Debug)]
@@ -118,8 +118,18 @@ pub struct Pass {
 }
 
 thread_local! {
-    /// Result of one attention task, some 25 KiB per thread.
-    static ATTENTION_OUT: RefCell<Vec<f32>> = RefCell::default();
+    /// Result of the task at hand before it is put in place, some 25 KiB per thread.
+    static TASK_OUT: RefCell<Vec<f32>> = RefCell::default();
+}
+
+/// A buffer of `len` numbers of this thread; what it holds is unspecified.
+fn with_buffer(len: usize, run: impl FnOnce(&mut [f32])) {
+    TASK_OUT.with_borrow_mut(|buffer| {
+        if buffer.len() < len {
+            buffer.resize(len, 0.0);
+        }
+        run(&mut buffer[..len]);
+    });
 }
 
 impl Pass {
@@ -171,12 +181,13 @@ impl Pass {
         let rows = x.len() / width;
         let out = RowWriter::new(out, rows, width, self.kernels);
         self.for_row_groups(rows, |group| {
-            let mut normed = vec![0.0; width];
-            for row in group {
-                self.kernels.rms_norm(&x[row * width..][..width], weight, eps, &mut normed);
-                // SAFETY: every row belongs to one task.
-                unsafe { out.write(row, &mut normed) };
-            }
+            with_buffer(width, |normed| {
+                for row in group {
+                    self.kernels.rms_norm(&x[row * width..][..width], weight, eps, normed);
+                    // SAFETY: every row belongs to one task.
+                    unsafe { out.write(row, normed) };
+                }
+            });
         });
     }
 
@@ -222,13 +233,14 @@ impl Pass {
             let first = column_task * task_panels;
             let panels = first..w.panels().min(first + task_panels);
             let rows = row_task * task_rows..x.rows().min((row_task + 1) * task_rows);
-            let mut tile = vec![0.0; ROW_BLOCK.min(rows.len()) * panels.len() * LANES];
-            for start in rows.clone().step_by(ROW_BLOCK) {
-                let rows = start..rows.end.min(start + ROW_BLOCK);
-                let tile = &mut tile[..rows.len() * panels.len() * LANES];
-                self.kernels.matmul(x, rows.clone(), w, panels.clone(), tile);
-                finish(rows, panels.clone(), tile);
-            }
+            with_buffer(ROW_BLOCK.min(rows.len()) * panels.len() * LANES, |tile| {
+                for start in rows.clone().step_by(ROW_BLOCK) {
+                    let rows = start..rows.end.min(start + ROW_BLOCK);
+                    let tile = &mut tile[..rows.len() * panels.len() * LANES];
+                    self.kernels.matmul(x, rows.clone(), w, panels.clone(), tile);
+                    finish(rows, panels.clone(), tile);
+                }
+            });
         });
     }
 
@@ -247,15 +259,9 @@ impl Pass {
         self.for_tiles(x, w, PANEL_PAIR, |rows, panels, tile| {
             let first = panels.start * LANES;
             let len = (panels.end * LANES).min(width) - first;
-            for (row, tile) in rows.zip(tile.chunks_exact(panels.len() * LANES)) {
-                // SAFETY: every tile of the output belongs to one task.
-                let out = unsafe { out.range(row * width + first, len) };
-                if ADD {
-                    out.iter_mut().zip(tile).for_each(|(out, x)| *out += x);
-                } else {
-                    scalar::copy(&tile[..len], out);
-                }
-            }
+            let place = Place { out: &out, start: rows.start * width + first, stride: width };
+            // SAFETY: every tile of the output belongs to one task.
+            unsafe { self.kernels.finish_linear::<ADD>(tile, panels.len() * LANES, len, &place) };
         });
     }
 
@@ -266,15 +272,11 @@ impl Pass {
     pub fn gate_up(&self, x: &QuantizedRows, w: &PackedMatrix, width: usize, out: &mut [f32]) {
         let out = Shared::new(out);
         self.for_tiles(x, w, 2, |rows, panels, tile| {
-            self.kernels.silu_mul(tile);
-            for (row, tile) in rows.zip(tile.chunks_exact(panels.len() * LANES)) {
-                let firsts = (panels.start / 2 * LANES..width).step_by(LANES);
-                for (first, tile) in firsts.zip(tile.chunks_exact(2 * LANES)) {
-                    let len = LANES.min(width - first);
-                    // SAFETY: every tile of the output belongs to one task.
-                    scalar::copy(&tile[..len], unsafe { out.range(row * width + first, len) });
-                }
-            }
+            let first = panels.start / 2 * LANES;
+            let len = (panels.end / 2 * LANES).min(width) - first;
+            let place = Place { out: &out, start: rows.start * width + first, stride: width };
+            // SAFETY: every tile of the output belongs to one task.
+            unsafe { self.kernels.finish_gate_up(tile, panels.len() * LANES, len, &place) };
         });
     }
 
@@ -293,24 +295,19 @@ impl Pass {
         out: &mut [f32],
     ) {
         let (dim, padded) = (heads.head_dim, heads.packed_head());
-        let query_scale = 1.0 / (heads.head_dim as f32).sqrt();
+        let mut scales = vec![Some(1.0 / (dim as f32).sqrt()); heads.num_attention_heads];
+        scales.resize(scales.len() + heads.num_key_value_heads, Some(1.0));
+        scales.resize(scales.len() + heads.num_key_value_heads, None);
         let out = Shared::new(out);
         self.for_tiles(x, w, padded / LANES, |rows, panels, tile| {
-            let first = panels.start * LANES / padded;
-            for (row, tile) in rows.zip(tile.chunks_exact_mut(panels.len() * LANES)) {
-                let (cos, sin) = angles[row * dim..][..dim].split_at(dim / 2);
-                for (head, numbers) in (first..).zip(tile.chunks_exact_mut(padded)) {
-                    let numbers = &mut numbers[..dim];
-                    if head < heads.num_attention_heads {
-                        scalar::rope(numbers, cos, sin, query_scale);
-                    } else if head < heads.num_attention_heads + heads.num_key_value_heads {
-                        scalar::rope(numbers, cos, sin, 1.0);
-                    }
-                    let start = row * heads.qkv_width() + head * dim;
-                    // SAFETY: every head of a row belongs to one task.
-                    scalar::copy(numbers, unsafe { out.range(start, dim) });
-                }
-            }
+            let within = panels.start * LANES / padded..panels.end * LANES / padded;
+            let start = rows.start * heads.qkv_width() + within.start * dim;
+            let place = Place { out: &out, start, stride: heads.qkv_width() };
+            let tile_heads = TileHeads { head_dim: dim, padded, scales: &scales[within] };
+            // SAFETY: every head of a row belongs to one task.
+            unsafe {
+                self.kernels.finish_qkv(tile, &tile_heads, &angles[rows.start * dim..], &place)
+            };
         });
     }
 
@@ -319,7 +316,10 @@ impl Pass {
     /// # Shapes
     /// - `qkv`: `[rows, qkv_width]`; `out`: `[rows, query_width]`
     pub fn attention(&self, heads: Heads, segments: &[Segment<'_>], qkv: &[f32], out: &mut [f32]) {
-        let block = (QUERY_ROWS / heads.group()).max(8);
+        let block = tokens_per_block(heads.group());
+        let all = segments.iter().map(|segment| segment.rows.len()).sum::<usize>();
+        let fair = all * heads.num_key_value_heads / (MIN_TASKS_PER_THREAD * self.turn.threads());
+        let block = block * fair.div_ceil(block).clamp(1, MAX_QUERY_BLOCKS);
         // The last tokens see most keys: the longest tasks come first.
         let mut tasks = Vec::new();
         for segment in segments {
@@ -345,8 +345,7 @@ impl Pass {
                 values: &segment.values[head * dim..],
                 stride: heads.kv_width(),
             };
-            ATTENTION_OUT.with_borrow_mut(|result| {
-                result.resize(group * tokens.len() * dim, 0.0);
+            with_buffer(group * tokens.len() * dim, |result| {
                 self.kernels.attention(&task, result);
                 for (i, result) in result.chunks_exact(dim).enumerate() {
                     let (row, head) = (row + i % tokens.len(), head * group + i / tokens.len());

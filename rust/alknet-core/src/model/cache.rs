@@ -1,5 +1,7 @@
 //! Key/value cache of one sequence.
 
+use std::sync::{Arc, Mutex};
+
 use super::TokenId;
 
 /// Keys (rotated) and values of one layer, `[len, num_key_value_heads · head_dim]`, row-major.
@@ -11,20 +13,74 @@ pub struct LayerCache {
     pub values: Vec<f32>,
 }
 
+impl LayerCache {
+    fn bytes(&self) -> usize {
+        (self.keys.capacity() + self.values.capacity()) * size_of::<f32>()
+    }
+
+    fn clear(&mut self) {
+        self.keys.clear();
+        self.values.clear();
+    }
+}
+
+/// Memory of dropped caches, for the next ones: memory that is new to the process has to be
+/// zeroed by the operating system, page by page, which takes a tenth of a short pass.
+#[derive(Debug)]
+pub(super) struct SpareLayers {
+    most: usize,
+    spares: Mutex<Vec<Vec<LayerCache>>>,
+}
+
+impl SpareLayers {
+    /// Memory of a longer text is given back at once.
+    const MAX_BYTES: usize = 12 << 20;
+
+    /// Keeps the memory of up to `most` caches.
+    pub(super) fn new(most: usize) -> Self {
+        Self { most, spares: Mutex::default() }
+    }
+
+    fn take(&self) -> Option<Vec<LayerCache>> {
+        // In a forked process the lock may be held for ever: then there is new memory.
+        self.spares.try_lock().ok()?.pop()
+    }
+
+    fn put(&self, mut layers: Vec<LayerCache>) {
+        if layers.iter().map(LayerCache::bytes).sum::<usize>() > Self::MAX_BYTES {
+            return;
+        }
+        layers.iter_mut().for_each(LayerCache::clear);
+        if let Ok(mut spares) = self.spares.try_lock()
+            && spares.len() < self.most
+        {
+            spares.push(layers);
+        }
+    }
+}
+
 /// What a sequence has read so far. A clone is an independent continuation, so that a constant
 /// prefix is computed once and cloned.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct KvCache {
     /// Tokens read so far; engines without a key/value cache read them again.
     pub input_ids: Vec<TokenId>,
     /// One entry per layer up to the deepest site; empty for engines without a key/value cache.
     pub layers: Vec<LayerCache>,
+    spares: Option<Arc<SpareLayers>>,
 }
 
 impl KvCache {
     /// An empty cache of `num_layers` layers.
     pub fn new(num_layers: usize) -> Self {
-        Self { input_ids: Vec::new(), layers: vec![LayerCache::default(); num_layers] }
+        let layers = vec![LayerCache::default(); num_layers];
+        Self { input_ids: Vec::new(), layers, spares: None }
+    }
+
+    /// An empty cache of `num_layers` layers whose memory comes from `spares` and goes back there.
+    pub(super) fn recycled(num_layers: usize, spares: &Arc<SpareLayers>) -> Self {
+        let layers = spares.take().unwrap_or_else(|| vec![LayerCache::default(); num_layers]);
+        Self { input_ids: Vec::new(), layers, spares: Some(Arc::clone(spares)) }
     }
 
     /// Number of tokens read so far.
@@ -35,5 +91,60 @@ impl KvCache {
     /// Whether nothing has been read yet.
     pub fn is_empty(&self) -> bool {
         self.input_ids.is_empty()
+    }
+}
+
+impl Clone for KvCache {
+    fn clone(&self) -> Self {
+        let Some(spares) = &self.spares else {
+            let (input_ids, layers) = (self.input_ids.clone(), self.layers.clone());
+            return Self { input_ids, layers, spares: None };
+        };
+        let mut copy = Self::recycled(self.layers.len(), spares);
+        copy.input_ids.extend_from_slice(&self.input_ids);
+        for (copy, layer) in copy.layers.iter_mut().zip(&self.layers) {
+            copy.keys.extend_from_slice(&layer.keys);
+            copy.values.extend_from_slice(&layer.values);
+        }
+        copy
+    }
+}
+
+impl Drop for KvCache {
+    fn drop(&mut self) {
+        if let Some(spares) = &self.spares {
+            spares.put(std::mem::take(&mut self.layers));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_a_dropped_cache_is_used_again_and_its_numbers_are_not() {
+        let spares = Arc::new(SpareLayers::new(1));
+        let mut first = KvCache::recycled(2, &spares);
+        first.layers[1].keys.extend([1.0; 100]);
+        let place = first.layers[1].keys.as_ptr();
+        let copy = first.clone();
+        assert_eq!(copy.layers[1].keys, [1.0; 100]);
+        drop(first);
+        drop(copy);
+        let second = KvCache::recycled(2, &spares);
+        assert_eq!(second.layers[1].keys.as_ptr(), place);
+        assert!(second.is_empty() && second.layers.iter().all(|layer| layer.keys.is_empty()));
+        let third = KvCache::recycled(2, &spares);
+        assert_eq!((third.layers.len(), third.layers[1].keys.capacity()), (2, 0));
+    }
+
+    #[test]
+    fn memory_of_a_long_text_is_given_back() {
+        let spares = Arc::new(SpareLayers::new(1));
+        let mut long = KvCache::recycled(1, &spares);
+        long.layers[0].keys.reserve(SpareLayers::MAX_BYTES);
+        drop(long);
+        assert!(spares.take().is_none());
     }
 }

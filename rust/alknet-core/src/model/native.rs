@@ -29,6 +29,7 @@ use alknet_kernels::{
 
 use super::{
     Backend, KvCache, LlamaConfig, Sequence, Sink, Site, SiteKind,
+    cache::SpareLayers,
     config::RotaryFrequencies,
     weights::{TensorInfo, Weights},
 };
@@ -48,6 +49,7 @@ pub struct NativeBackend {
     embedding: TensorInfo,
     blocks: Vec<Block>,
     workspaces: Mutex<Vec<Workspace>>,
+    spares: Arc<SpareLayers>,
 }
 
 /// Weights of one block.
@@ -129,6 +131,7 @@ impl NativeBackend {
         let blocks = Loader { weights: &weights, config, heads }.blocks(&engine, sites)?;
         // Only embedding rows are read from here on.
         weights.release_pages();
+        let spares = Arc::new(SpareLayers::new(engine.threads()));
         Ok(Self {
             engine,
             config: config.clone(),
@@ -139,6 +142,7 @@ impl NativeBackend {
             embedding,
             blocks,
             workspaces: Mutex::default(),
+            spares,
         })
     }
 
@@ -313,7 +317,7 @@ impl Backend for NativeBackend {
     }
 
     fn new_cache(&self) -> KvCache {
-        KvCache::new(self.blocks.len())
+        KvCache::recycled(self.blocks.len(), &self.spares)
     }
 
     fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {

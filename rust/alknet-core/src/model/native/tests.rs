@@ -200,7 +200,7 @@ fn fp32_vector_instruction_sets_agree() {
     let model = RandomModel::new(144, 384, 9, 3, 16);
     let (sites, ids) = (every_site(3), text(90, 5));
     let results: Vec<_> = Isa::available()
-        .filter(|isa| [Isa::Avx2, Isa::Avx512].contains(isa))
+        .filter(|isa| [Isa::Avx2, Isa::AvxVnni, Isa::Avx512].contains(isa))
         .map(|isa| read_one(&model.backend(&sites, 1, isa), &ids))
         .collect();
     assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
