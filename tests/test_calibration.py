@@ -36,7 +36,7 @@ def made_up_corpus(seed: int = 0, separation: float = 6.0) -> Corpus:
     rng = np.random.default_rng(seed)
     rows, windows = [], []
     for source in range(20):
-        attack, origin = source < 12, ORIGINS[source % 2]
+        attack, origin = source < 12, ("user", "document")[source % 2]
         offset = 0.1 * rng.standard_normal(WIDTH)
         for text in range(80):
             kind = ("jailbreak" if origin == "user" else "indirect") if attack else "benign"
@@ -76,12 +76,12 @@ class TestCrossFit:
 
     def test_attacks_of_left_out_sources_score_higher(self, corpus):
         scores = cross_fit(corpus, OPTIONS)
-        assert scores.shape == (2, 1600)
+        assert scores.shape == (1600,)
         assert np.isfinite(scores).all()
-        for o, origin in enumerate(ORIGINS):
+        for origin in ORIGINS:
             own = corpus.of_origin(origin)
             attack = corpus.attack[own]
-            assert np.median(scores[o, own[attack]]) > np.quantile(scores[o, own[~attack]], 0.95)
+            assert np.median(scores[own[attack]]) > np.quantile(scores[own[~attack]], 0.95)
 
     def test_a_text_never_helps_to_judge_itself(self, corpus):
         """Other windows in one text of a fold leave the scores of all others in that fold."""
@@ -92,9 +92,9 @@ class TestCrossFit:
         other = dataclasses.replace(corpus, windows=Windows(x, corpus.windows.starts))
         one, two = cross_fit(corpus, OPTIONS), cross_fit(other, OPTIONS)
         kept = np.setdiff1d(np.flatnonzero(held), changed)
-        np.testing.assert_array_equal(one[:, kept], two[:, kept])
-        assert (one[:, changed] != two[:, changed]).all()
-        assert (one[:, ~held] != two[:, ~held]).any()
+        np.testing.assert_array_equal(one[kept], two[kept])
+        assert (one[changed] != two[changed]).all()
+        assert (one[~held] != two[~held]).any()
 
 
 class TestNull:
@@ -175,7 +175,7 @@ class TestCompile:
         metadata = _core.inspect_codebook(str(compiled))
         assert metadata["detector"] == "tiny"
         assert metadata["sites"] == ",".join(SITES)
-        assert metadata["n_components"] == "6"
+        assert metadata["n_components"] == "3"
         calibration = json.loads(metadata["calibration"])
         assert calibration["rows"] == len(corpus.rows)
         assert calibration["sha256"] == sha256_of(corpus.rows)

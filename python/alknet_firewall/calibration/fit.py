@@ -42,7 +42,7 @@ class FitOptions:
     # Windows of one benign text that enter the regression, evenly spread over it.
     windows_per_text: int = 24
     # The most alarming windows of every benign text that enter it besides, after the first round.
-    hard_windows: int = 2
+    hard_windows: int = 12
 
 
 @dataclass(frozen=True, slots=True)
