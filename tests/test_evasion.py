@@ -1,6 +1,6 @@
 """Attacks in disguise: whatever is caught plain should be caught however it is written.
 
-The disguises are those of `transforms`, the texts those of ``tests/attacks``.
+The disguises are those of `evaluation.transforms`, the texts those of ``tests/attacks``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from alknet_firewall import AlarmLevel
-from transforms import TRANSFORMS
+from alknet_firewall.evaluation.transforms import TRANSFORMS
 
 ATTACKS = Path(__file__).parent / "attacks"
 

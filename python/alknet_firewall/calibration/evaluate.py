@@ -7,16 +7,17 @@ codebook, on the same engine, windows and splines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
+from ..evaluation.intervals import wilson
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of, is_authored
 from .fit import FitOptions
-from .null import length_class, null_splines, pchip_linear_above
+from .null import LENGTH_CLASSES, length_class, null_splines, pchip_linear_above
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -25,6 +26,9 @@ __all__ = ["evaluate", "table"]
 
 # −log₁₀ p from which the level is SUSPICIOUS and DANGEROUS by default.
 _SUSPICIOUS, _DANGEROUS = 2.0, 3.0
+
+# Most points of a ROC curve that are kept for plotting.
+_ROC_POINTS = 200
 
 
 def evaluate(
@@ -36,15 +40,40 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the recipe on left-out sources.
 
+    Every figure is of left-out texts. Figures that nothing was left to compute from are None.
+
     Returns
     -------
     dict
-        ``folds`` (per fold: sources, numbers of texts, AUROC and TPR at 1 % false positives),
-        ``mean_auroc``, ``worst_auroc``, ``mean_tpr_at_1pct_fpr``, all with the origin unknown;
-        ``origins`` (the same per origin, on the rows of that origin); ``benign`` (per source:
-        rows, share SUSPICIOUS or worse, share DANGEROUS); ``attacks`` (per source and kind: rows,
-        share SUSPICIOUS or worse); ``reliability`` (nominal against observed false positives with a
-        95 % interval); ``detector``, ``rows``.
+        ``detector``, ``rows`` (number of texts), and, with the origin unknown:
+
+        ``folds``
+            Per fold ``sources``, ``attacks`` and ``benign`` (numbers of texts), ``auroc``,
+            ``tpr_at_1pct_fpr`` and ``roc``.
+        ``mean_auroc``, ``worst_auroc``, ``mean_tpr_at_1pct_fpr``
+            Over the folds.
+        ``roc``
+            Of the folds' texts pooled: at most 200 points ``[false positives, true positives]``,
+            rising from ``[0, 0]`` to ``[1, 1]``.
+        ``reliability``
+            Per ``nominal`` rate of false positives the ``observed`` one with its 95 % interval
+            (``low``, ``high``).
+        ``benign``
+            Rates per source. Rates are ``rows``, ``suspicious`` (share SUSPICIOUS or worse) and
+            ``dangerous`` (share DANGEROUS).
+        ``attacks``
+            Rates per source and kind.
+        ``families``
+            Rates of attacks per family; the kind stands for it where a row names none.
+        ``languages``
+            Per language rates of ``attacks`` and of ``benign`` texts.
+        ``lengths``
+            The same per length class in tokens, the shortest first, and ``auroc``.
+        ``pairs``
+            Per source ``pairs`` (attacks that have a clean twin) and ``higher`` (share of them that
+            are more alarming than it, equal ones counting half).
+
+        ``origins`` holds all of these per origin, on the rows of that origin, read as of it.
     """
     logits = cross_fit(corpus, options, progress=progress)
     folds = folds_of(corpus.rows)
@@ -58,28 +87,69 @@ def evaluate(
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as text."""
-    lines = ["left out                                             AUROC  TPR at 1 % FPR"]
+    parts = [_folds_table(report), _pairs_line(report)]
+    parts.append(_rates_table("benign source", report["benign"]))
+    parts.append(_rates_table("attack family", report["families"]))
+    if "compiled" in report:
+        parts.append(_compiled_lines(report["compiled"]))
+    return "\n\n".join(filter(None, parts))
+
+
+def _folds_table(report: Mapping[str, Any]) -> str:
+    lines = [f"{'left out':<52} AUROC  TPR at 1 % FPR"]
     for fold in report["folds"]:
         names = ", ".join(fold["sources"])
         names = names if len(names) <= 50 else names[:47] + "..."
         lines.append(f"{names:<52} {fold['auroc']:.3f}  {fold['tpr_at_1pct_fpr']:.3f}")
-    lines.append(
-        f"{'mean':<52} {report['mean_auroc']:.3f}  {report['mean_tpr_at_1pct_fpr']:.3f}"
-        f"   worst {report['worst_auroc']:.3f}"
-    )
-    for origin, own in report.get("origins", {}).items():
-        lines.append(
-            f"{'origin=' + origin:<52} {own['mean_auroc']:.3f}  {own['mean_tpr_at_1pct_fpr']:.3f}"
-            f"   worst {own['worst_auroc']:.3f}"
-        )
-    lines.append("")
-    lines.append("benign source                      rows  SUSPICIOUS+  DANGEROUS")
-    for source, rates in report["benign"].items():
-        lines.append(
-            f"{source:<32} {rates['rows']:>6}"
-            f"  {rates['suspicious']:>10.2%}  {rates['dangerous']:>9.2%}"
-        )
+    means = [("mean", report)]
+    means += [(f"origin={origin}", own) for origin, own in report.get("origins", {}).items()]
+    for name, own in means:
+        auroc, tpr = _figure(own["mean_auroc"]), _figure(own["mean_tpr_at_1pct_fpr"])
+        lines.append(f"{name:<52} {auroc}  {tpr}   worst {_figure(own['worst_auroc'])}")
     return "\n".join(lines)
+
+
+def _rates_table(name: str, rates: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [f"{name:<32}   rows  SUSPICIOUS+  DANGEROUS"]
+    lines += [
+        f"{key:<32} {own['rows']:>6}   {own['suspicious']:>10.2%}  {own['dangerous']:>9.2%}"
+        for key, own in rates.items()
+    ]
+    return "\n".join(lines)
+
+
+def _pairs_line(report: Mapping[str, Any]) -> str:
+    number = sum(own["pairs"] for own in report["pairs"].values())
+    higher = sum(own["pairs"] * own["higher"] for own in report["pairs"].values())
+    return f"pairs with the attack above its clean twin: {higher:.0f} of {number}" if number else ""
+
+
+def _compiled_lines(compiled: Mapping[str, Any]) -> str:
+    evasion, long = compiled["evasion"], compiled["long_documents"]
+    number = evasion["caught"]
+    lines = [f"{number} attacks that are caught plain pass in disguise, harmless texts alarm"]
+    worst = sorted(evasion["transformations"].items(), key=lambda item: -(item[1]["passed"] or 0))
+    lines += [
+        f"  {name:<30} {_figure(own['passed'])}  {_figure(own['false_alarms'])}"
+        for name, own in worst[:5]
+    ]
+    means = f"{_figure(evasion['mean_passed'])}  {_figure(evasion['mean_false_alarms'])}"
+    lines.append(f"  {'mean of all disguises':<30} {means}")
+    lines.append("injections caught in short documents are caught in long ones, and located")
+    lines += [
+        f"  {own['tokens']:>6} tokens: {_figure(own['caught'])}, {_figure(own['located'])}"
+        for own in long["lengths"]
+    ]
+    lines.append("milliseconds per screen")
+    lines += [
+        f"  {own['tokens']:>6} tokens: {own['median_ms']:.1f} (best {own['best_ms']:.1f})"
+        for own in compiled["speed"]
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "    –" if value is None else f"{value:.3f}"
 
 
 def _measure_origin(
@@ -107,63 +177,137 @@ def _log_p(corpus: Corpus, logits: Array, own: Bools, folds: list[Bools]) -> Arr
 
 
 def _measure(corpus: Corpus, x: Array, folds: list[Bools], own: Bools) -> dict[str, Any]:
-    attack = corpus.attack
-    rows: list[dict[str, Any]] = []
-    for held in folds:
-        these = held & own
-        positive, negative = x[these & attack], x[these & ~attack]
-        sources = sorted(set(corpus.sources[these]))
-        if len(positive) < 10 or len(negative) < 20 or all(map(is_authored, sources)):
-            continue
-        threshold = np.quantile(negative, 0.99)
-        rows.append(
-            {
-                "sources": sources,
-                "attacks": len(positive),
-                "benign": len(negative),
-                "auroc": float(roc_auc_score(attack[these], x[these])),
-                "tpr_at_1pct_fpr": float((positive > threshold).mean()),
-            }
-        )
-    aurocs = [row["auroc"] for row in rows] or [float("nan")]
+    judged = [held & own for held in folds if _can_judge(corpus, held & own)]
+    rows = [_measure_fold(corpus, x, these) for these in judged]
+    aurocs = [row["auroc"] for row in rows]
+    pooled = np.any(judged, axis=0) if judged else np.zeros(len(x), dtype=bool)
+    benign, attacks = own & ~corpus.attack, own & corpus.attack
     return {
         "folds": rows,
-        "mean_auroc": float(np.mean(aurocs)),
-        "worst_auroc": float(np.min(aurocs)),
-        "mean_tpr_at_1pct_fpr": float(np.mean([row["tpr_at_1pct_fpr"] for row in rows] or [0.0])),
-        "benign": _rates(corpus, x, own & ~attack, with_kind=False),
-        "attacks": _rates(corpus, x, own & attack, with_kind=True),
-        "reliability": _reliability(x[own & ~attack]),
+        "mean_auroc": _mean(aurocs),
+        "worst_auroc": min(aurocs, default=None),
+        "mean_tpr_at_1pct_fpr": _mean([row["tpr_at_1pct_fpr"] for row in rows]),
+        "roc": _roc(corpus.attack[pooled], x[pooled]),
+        "reliability": _reliability(x[benign]),
+        "benign": _rates(x, benign, [row.source for row in corpus.rows]),
+        "attacks": _rates(x, attacks, [f"{row.source}/{row.kind}" for row in corpus.rows]),
+        "families": _rates(x, attacks, [row.family or row.kind for row in corpus.rows]),
+        "languages": _rates_of_both(corpus, x, own, [row.lang or "unknown" for row in corpus.rows]),
+        "lengths": _lengths(corpus, x, own),
+        "pairs": _pairs(corpus, x, own),
     }
 
 
-def _rates(corpus: Corpus, x: Array, texts: Bools, *, with_kind: bool) -> dict[str, Any]:
-    names = np.array([f"{r.source}/{r.kind}" if with_kind else r.source for r in corpus.rows])
+def _can_judge(corpus: Corpus, these: Bools) -> bool:
+    """Whether a fold has enough of both, and a source that was left out whole."""
+    n_attacks = int(corpus.attack[these].sum())
+    n_benign = int(these.sum()) - n_attacks
+    whole = any(not is_authored(source) for source in set(corpus.sources[these]))
+    return n_attacks >= 10 and n_benign >= 20 and whole
+
+
+def _measure_fold(corpus: Corpus, x: Array, these: Bools) -> dict[str, Any]:
+    attack = corpus.attack[these]
+    positive, negative = x[these][attack], x[these][~attack]
+    return {
+        "sources": sorted(set(map(str, corpus.sources[these]))),
+        "attacks": len(positive),
+        "benign": len(negative),
+        "auroc": float(roc_auc_score(attack, x[these])),
+        "tpr_at_1pct_fpr": float((positive > np.quantile(negative, 0.99)).mean()),
+        "roc": _roc(attack, x[these]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _roc(attack: Bools, x: Array) -> list[list[float]]:
+    """Points of the curve, evenly spread over both the rates and their logarithms."""
+    if attack.all() or not attack.any():
+        return []
+    fpr, tpr, _ = roc_curve(attack, x)
+    if len(fpr) > _ROC_POINTS:
+        half = (_ROC_POINTS - 2) // 2
+        rates = np.concatenate([np.linspace(0, 1, half), np.geomspace(fpr[fpr > 0][0], 1, half)])
+        kept = np.searchsorted(fpr, rates, side="right") - 1
+        kept = np.unique([0, *kept, len(fpr) - 1])
+        fpr, tpr = fpr[kept], tpr[kept]
+    return [[round(float(a), 6), round(float(b), 6)] for a, b in zip(fpr, tpr, strict=True)]
+
+
+def _rate(x: Array) -> dict[str, Any]:
+    return {
+        "rows": len(x),
+        "suspicious": float((x >= _SUSPICIOUS).mean()) if len(x) else None,
+        "dangerous": float((x >= _DANGEROUS).mean()) if len(x) else None,
+    }
+
+
+def _rates(x: Array, texts: Bools, names: Sequence[str]) -> dict[str, Any]:
+    """Rates of some texts by name."""
+    of_row = np.array(names)
+    return {str(name): _rate(x[texts & (of_row == name)]) for name in np.unique(of_row[texts])}
+
+
+def _rates_of_both(corpus: Corpus, x: Array, texts: Bools, names: Sequence[str]) -> dict[str, Any]:
+    """Rates of attacks and of benign texts by name."""
+    of_row = np.array(names)
     rates = {}
-    for name in sorted(set(names[texts])):
-        own = x[texts & (names == name)]
+    for name in np.unique(of_row[texts]):
+        own = texts & (of_row == name)
         rates[str(name)] = {
-            "rows": len(own),
-            "suspicious": float((own >= _SUSPICIOUS).mean()),
-            "dangerous": float((own >= _DANGEROUS).mean()),
+            "attacks": _rate(x[own & corpus.attack]),
+            "benign": _rate(x[own & ~corpus.attack]),
         }
     return rates
 
 
+def _lengths(corpus: Corpus, x: Array, own: Bools) -> dict[str, Any]:
+    classes = length_class(corpus.n_tokens)
+    starts = (1, *(bound + 1 for bound in LENGTH_CLASSES[:-1]))
+    rates = {}
+    for c, (start, end) in enumerate(zip(starts, LENGTH_CLASSES, strict=True)):
+        these = own & (classes == c)
+        if not these.any():
+            continue
+        attack = corpus.attack[these]
+        both = attack.any() and not attack.all()
+        rates[f"{start}–{end}"] = {
+            "attacks": _rate(x[these][attack]),
+            "benign": _rate(x[these][~attack]),
+            "auroc": float(roc_auc_score(attack, x[these])) if both else None,
+        }
+    return rates
+
+
+def _pairs(corpus: Corpus, x: Array, own: Bools) -> dict[str, Any]:
+    """How often an attack is more alarming than its clean twin, by source."""
+    paired = [(corpus.rows[t], float(x[t])) for t in map(int, np.flatnonzero(own))]
+    paired = [(row, value) for row, value in paired if row.pair]
+    clean: dict[tuple[str, str], float] = {}
+    for row, value in paired:
+        if not row.attack:
+            key = (row.source, row.pair)
+            clean[key] = max(clean.get(key, 0.0), value)
+    compared: dict[str, list[float]] = {}
+    for row, value in paired:
+        twin = clean.get((row.source, row.pair))
+        if row.attack and twin is not None:
+            compared.setdefault(row.source, []).append(0.5 * (1 + np.sign(value - twin)))
+    return {
+        source: {"pairs": len(wins), "higher": float(np.mean(wins))}
+        for source, wins in sorted(compared.items())
+    }
+
+
 def _reliability(x: Array) -> list[dict[str, float]]:
-    """Nominal against observed false-positive rates, with 95 % Wilson intervals."""
-    rows: list[dict[str, Any]] = []
+    """Nominal against observed false-positive rates, with 95 % intervals."""
+    rows = []
     for nominal in (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001):
-        n, hits = len(x), int((x >= -np.log10(nominal)).sum())
-        z, observed = 1.96, hits / max(n, 1)
-        centre = (observed + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * np.sqrt(observed * (1 - observed) / n + z * z / (4 * n * n))
-        rows.append(
-            {
-                "nominal": nominal,
-                "observed": observed,
-                "low": float(max(centre - half, 0.0)),
-                "high": float(centre + half),
-            }
-        )
+        hits = int((x >= -np.log10(nominal)).sum())
+        low, high = wilson(hits, len(x))
+        observed = hits / max(len(x), 1)
+        rows.append({"nominal": nominal, "observed": observed, "low": low, "high": high})
     return rows

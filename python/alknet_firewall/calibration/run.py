@@ -9,8 +9,11 @@ from typing import Any
 
 from .. import _core
 from ..authored import calibration_rows
+from ..config import FirewallConfig
 from ..detector import CODEBOOK, MANIFEST, Progress, cache_home, refresh_manifest
 from ..errors import InputError
+from ..evaluation.measure import measure_detector
+from ..firewall import Firewall
 from .activations import Layout, read_windows
 from .codebook import compile_codebook, recalibrate
 from .corpus import Row, read_corpora, row_from
@@ -108,13 +111,35 @@ def evaluate_recipe(
     *,
     layout: Layout | None = None,
     options: FitOptions | None = None,
+    compiled: bool = False,
+    codebook: Path | None = None,
     progress: Progress | None = None,
     **corpus_options: Any,
 ) -> dict[str, Any]:
-    """Leave-sources-out evaluation of the recipe on a detector folder's model; see `evaluate`."""
+    """Leave-sources-out evaluation of the recipe on a detector folder's model; see `evaluate`.
+
+    Parameters
+    ----------
+    compiled : bool
+        Adds ``compiled``: what the detector itself does with disguised and long text, and how fast;
+        see `alknet_firewall.evaluation.measure.measure_detector`.
+    codebook : Path, optional
+        The codebook that these are measured with; by default the detector's own.
+    """
     layout, options = layout or Layout(), options or FitOptions()
+    # Loaded first, so that a detector without a usable codebook fails before the work begins.
+    firewall = _default_firewall(detector, codebook) if compiled else None
     corpus = load_corpus(detector, paths, layout, progress=progress, **corpus_options)
-    return evaluate(corpus, options, detector=detector.name, progress=progress)
+    report = evaluate(corpus, options, detector=detector.name, progress=progress)
+    if firewall is not None:
+        report["compiled"] = measure_detector(firewall, progress=progress)
+    return report
+
+
+def _default_firewall(detector: Path, codebook: Path | None) -> Firewall:
+    """A firewall with the default settings, whatever this user's are."""
+    path = None if codebook is None else str(codebook)
+    return Firewall(config=FirewallConfig(detector=str(detector), codebook_path=path))
 
 
 def _sample(rows: list[Row], limit: int) -> list[Row]:

@@ -1,8 +1,13 @@
 """Disguises: change how a text is written so that a person or a model can still read it.
 
 Each transformation is a function from text to text, deterministic for the same text, found by name
-in `TRANSFORMS`. Used to make ``tests/attacks`` and to measure how much gets past the detector.
+in `TRANSFORMS`. None takes part in calibration: they measure how much gets past a detector, and
+make the test data in ``tests/attacks``. To disguise the lines of standard input::
+
+    python -m alknet_firewall.evaluation.transforms zalgo
 """
+
+from __future__ import annotations
 
 import base64
 import codecs
@@ -10,6 +15,8 @@ import random
 import sys
 import zlib
 from collections.abc import Callable
+
+__all__ = ["TRANSFORMS"]
 
 # What a reader sees where the whole text is hidden in invisible characters.
 COVER = "Thanks, see you on Monday! \N{SLIGHTLY SMILING FACE}"
