@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from alknet_firewall import AlarmLevel, Firewall, InputError, _core
+from alknet_firewall.cli import main
+from alknet_firewall.evaluation.measure import MeasureOptions, measure_detector
+from click.testing import CliRunner
 from tiny_detector import BENIGN, HIDDEN_SIZE, LAYOUT, SITES, ordinary_sentences
 
 pytest.importorskip("scipy")
@@ -28,8 +32,12 @@ TINY_LAYOUT = Layout(sites=SITES, max_tokens=1024, **LAYOUT)
 N_WINDOWS = 3
 
 
-def made_up_corpus(seed: int = 0, separation: float = 6.0) -> Corpus:
+def made_up_corpus(
+    seed: int = 0, separation: float = 6.0, hidden_sources: tuple[int, ...] = ()
+) -> Corpus:
     """Twenty sources of 80 texts; in an attack, the middle window stands out along one axis.
+
+    In those of hidden sources none does.
 
     The axis is another one for each origin, and every source lies a little elsewhere.
     """
@@ -40,9 +48,12 @@ def made_up_corpus(seed: int = 0, separation: float = 6.0) -> Corpus:
         offset = 0.1 * rng.standard_normal(WIDTH)
         for text in range(80):
             kind = ("jailbreak" if origin == "user" else "indirect") if attack else "benign"
-            rows.append(Row(f"text {source} {text}", attack, kind, f"source{source}", origin))
+            family = "redirect" if kind == "indirect" else ""
+            lang = "de" if text % 4 == 0 else ""
+            name = f"text {source} {text}"
+            rows.append(Row(name, attack, kind, f"source{source}", origin, family, lang))
             x = rng.standard_normal((N_WINDOWS, WIDTH)) + offset
-            x[1, source % 2] += separation * attack
+            x[1, source % 2] += separation * (attack and source not in hidden_sources)
             windows.append(x)
     starts = N_WINDOWS * np.arange(len(rows) + 1)
     n_tokens = rng.integers(4, 600, len(rows))
@@ -244,13 +255,87 @@ def report(corpus):
     return evaluate(corpus, OPTIONS, detector="tiny")
 
 
+def rows_of(report: dict, part: str) -> int:
+    return sum(own["rows"] for own in report[part].values())
+
+
 class TestEvaluate:
     def test_the_keys(self, report):
-        keys = "folds mean_auroc worst_auroc mean_tpr_at_1pct_fpr benign detector rows origins"
-        assert set(keys.split()) <= report.keys()
+        keys = (
+            "folds mean_auroc worst_auroc mean_tpr_at_1pct_fpr benign attacks reliability detector "
+            "rows origins roc families languages lengths pairs"
+        )
+        assert set(keys.split()) == report.keys()
+        for origin in ("user", "document"):
+            assert report["origins"][origin].keys() == report.keys() - {
+                "detector",
+                "rows",
+                "origins",
+            }
         assert json.loads(json.dumps(report, allow_nan=False)) == report
         rates = next(iter(report["benign"].values()))
         assert {"rows", "suspicious", "dangerous"} <= rates.keys()
+
+    def test_every_text_is_counted_once(self, report, corpus):
+        n_attacks = int(corpus.attack.sum())
+        assert rows_of(report, "benign") == len(corpus.rows) - n_attacks
+        assert rows_of(report, "attacks") == rows_of(report, "families") == n_attacks
+        for part in ("languages", "lengths"):
+            for kind, n in (("attacks", n_attacks), ("benign", len(corpus.rows) - n_attacks)):
+                assert sum(own[kind]["rows"] for own in report[part].values()) == n
+
+    def test_families_and_languages_are_those_of_the_rows(self, report):
+        assert report["families"].keys() == {"jailbreak", "redirect"}
+        assert report["languages"].keys() == {"de", "unknown"}
+        assert list(report["lengths"]) == ["1–16", "17–48", "49–128", "129–384", "385–1024"]
+
+    def test_a_family_that_stands_out_less_is_caught_less(self):
+        """Half of the indirect attacks hide: their family shows it, the others do not."""
+        report = evaluate(made_up_corpus(hidden_sources=(1, 5, 9)), OPTIONS, detector="tiny")
+        families = report["families"]
+        assert families["redirect"]["suspicious"] < families["jailbreak"]["suspicious"] - 0.2
+
+    def test_roc_curves_lead_from_corner_to_corner(self, report):
+        curves = [report["roc"], *(fold["roc"] for fold in report["folds"])]
+        assert len(curves) >= 4
+        for points in curves:
+            assert 2 <= len(points) <= 200
+            assert (points[0], points[-1]) == ([0, 0], [1, 1])
+            assert (np.diff(points, axis=0) >= 0).all()
+
+    def test_roc_curves_enclose_the_auroc(self):
+        """Thinning to 200 points leaves the area."""
+        report = evaluate(made_up_corpus(separation=2.0), OPTIONS, detector="tiny")
+        for fold in report["folds"]:
+            fpr, tpr = np.transpose(fold["roc"])
+            assert np.trapezoid(tpr, fpr) == pytest.approx(fold["auroc"], abs=0.01)
+
+    def test_pairs_compare_an_attack_with_its_twin(self):
+        rows, windows = [], []
+        rng = np.random.default_rng(4)
+        for i in range(900):
+            attack = i % 3 == 0
+            # The first 60 attacks follow their twin; the rest has none.
+            pair = f"p{i // 3}" if i < 180 and i % 3 < 2 else ""
+            kind = "indirect_injection" if attack else "benign"
+            rows.append(Row(f"text {i}", attack, kind, "authored/mail", "document", pair=pair))
+            x = rng.standard_normal((N_WINDOWS, WIDTH))
+            x[1, 0] += 8.0 * attack
+            windows.append(x)
+        for source in range(6):
+            origin = ORIGINS[source % 2]
+            for i in range(80):
+                rows.append(Row(f"{source} {i}", source > 3, "x", f"s{source}", origin))
+                x = rng.standard_normal((N_WINDOWS, WIDTH))
+                x[1, 0] += 8.0 * (source > 3)
+                windows.append(x)
+        starts = N_WINDOWS * np.arange(len(rows) + 1)
+        n_tokens = np.full(len(rows), 100)
+        paired = Corpus(rows, Windows(np.concatenate(windows).astype(np.float16), starts), n_tokens)
+        pairs = evaluate(paired, OPTIONS, detector="tiny")["pairs"]
+        assert pairs.keys() == {"authored/mail"}
+        assert pairs["authored/mail"]["pairs"] == 60
+        assert pairs["authored/mail"]["higher"] > 0.9
 
     def test_separable_attacks_are_found(self, report):
         assert report["worst_auroc"] <= report["mean_auroc"] <= 1
@@ -264,6 +349,43 @@ class TestEvaluate:
         text = table(report)
         for source in set(corpus.sources[~corpus.attack]):
             assert source in text
+
+    def test_what_cannot_be_computed_is_none(self, corpus):
+        """Three texts of a fold are not enough to judge it."""
+        few = [t for t, row in enumerate(corpus.rows) if not row.attack or t % 80 < 3]
+        windows = Windows(
+            corpus.windows.x[corpus.windows.rows(np.array(few))],
+            N_WINDOWS * np.arange(len(few) + 1),
+        )
+        small = Corpus([corpus.rows[t] for t in few], windows, corpus.n_tokens[few])
+        report = evaluate(small, OPTIONS, detector="tiny")
+        assert report["folds"] == report["roc"] == []
+        assert report["mean_auroc"] is report["worst_auroc"] is None
+        json.dumps(report, allow_nan=False)
+        assert "–" in table(report)
+
+    def test_the_command_writes_all_it_is_asked_for(
+        self, tiny_folder, tmp_path, monkeypatch, report
+    ):
+        """Left-out figures are made up here; the rest is the tiny detector's."""
+        pytest.importorskip("matplotlib")
+        from alknet_firewall.calibration import run
+
+        few = MeasureOptions(attacks=1, harmless=1, long_documents={500: 1}, speeds=(16,))
+        monkeypatch.setattr(run, "load_corpus", lambda *_, **__: None)
+        monkeypatch.setattr(run, "evaluate", lambda *_, **__: dict(report))
+        monkeypatch.setattr(run, "measure_detector", partial(measure_detector, options=few))
+        page, figures = tmp_path / "page.html", tmp_path / "figures.json"
+        arguments = ["evaluate", str(tmp_path), "--detector", str(tiny_folder)]
+        done = CliRunner().invoke(main, [*arguments, "--json", figures, "--report", page])
+        assert done.exit_code == 0, done.output
+        assert "milliseconds per screen" in done.output
+        assert json.loads(figures.read_text())["compiled"]["speed"]
+        assert "Not measured" not in page.read_text()
+        done = CliRunner().invoke(main, [*arguments, "--quick", "--report", page])
+        assert done.exit_code == 0, done.output
+        assert "milliseconds per screen" not in done.output
+        assert "Not measured" in page.read_text()
 
 
 ROW = {"text": "a text", "label": 0}

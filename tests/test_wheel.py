@@ -88,7 +88,8 @@ def test_what_is_inside(wheel):
     files = {"codebook.safetensors", "config.json", "manifest.json"}
     files |= {"model.safetensors", "tokenizer.json"}
     assert {name.removeprefix(detector) for name in names if name.startswith(detector)} == files
-    assert {"alknet_firewall/py.typed", "alknet_firewall/_core.pyi"} <= set(names)
+    others = {"py.typed", "_core.pyi", "evaluation/report.html"}
+    assert {f"alknet_firewall/{name}" for name in others} <= set(names)
     assert any(name.endswith("/THIRD_PARTY_NOTICES.md") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"alknet_firewall"}

@@ -280,25 +280,52 @@ def calibrate(
 @main.command()
 @click.argument("corpora", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write JSON.")
+@click.option("--report", "page", type=click.Path(path_type=Path), help="Also write an HTML page.")
+@click.option("--quick", is_flag=True, help="Only left-out rates: no disguises, lengths, times.")
+@click.option(
+    "--codebook",
+    type=click.Path(exists=True, path_type=Path),
+    help="Codebook to measure those with; the detector's own.",
+)
 @click.option("--limit", type=int, help="Most rows of one source and kind.")
 @click.option("--cache-dir", "cache", type=click.Path(path_type=Path), help="Kept activations.")
 @_detector_option
 def evaluate(
     corpora: tuple[Path, ...],
     json_file: Path | None,
+    page: Path | None,
+    quick: bool,
+    codebook: Path | None,
     limit: int | None,
     cache: Path | None,
     detector: str | None,
 ) -> None:
-    """Measure how the calibration recipe does on sources it has never seen."""
+    """Measure how the recipe does on sources it has never seen, and what the detector does.
+
+    First the recipe is calibrated anew without each of several folds of sources and judges these.
+    Then the compiled detector reads disguised attacks and long documents, and is timed; that takes
+    a few minutes more, which --quick saves.
+    """
     from .calibration.evaluate import table
     from .calibration.run import evaluate_recipe
 
+    if page is not None:  # A missing library is told before the work begins.
+        from .evaluation.report import write_report
     folder = find_detector(detector or FirewallConfig.load().detector)
     with _progress() as progress:
-        report = evaluate_recipe(folder, corpora, limit=limit, cache=cache, progress=progress)
+        report = evaluate_recipe(
+            folder,
+            corpora,
+            compiled=not quick,
+            codebook=codebook,
+            limit=limit,
+            cache=cache,
+            progress=progress,
+        )
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if page is not None:
+        write_report(report, page)
     click.echo(table(report))
 
 
