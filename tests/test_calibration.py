@@ -191,7 +191,7 @@ class TestCompile:
         assert calibration["rows"] == len(corpus.rows)
         assert calibration["sha256"] == sha256_of(corpus.rows)
         names = [d["name"] for d in json.loads(metadata["directions"]) if d["scored"]]
-        assert names == ["attack", "embedded_instruction"]
+        assert names == ["attack"]
 
     def test_it_belongs_to_its_detector(self, compiled, tiny_folder):
         alarm = Firewall(tiny_folder, codebook_path=compiled).screen(BENIGN[0])

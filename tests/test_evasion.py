@@ -71,12 +71,6 @@ def test_harmless_text_hides_nothing(tiny):
         assert "hidden_text" not in {signal.name for signal in alarm.signals}, row["name"]
 
 
-# What the released detector does not reach yet: it catches too few attacks even undisguised,
-# and random characters read like an attack to it. README, "Limits".
-too_few_caught = pytest.mark.xfail(reason="the released detector catches too few plain attacks")
-random_characters = pytest.mark.xfail(reason="checksums read like an attack to this detector")
-
-
 class TestEmbedded:
     @pytest.fixture(scope="module")
     @staticmethod
@@ -86,13 +80,11 @@ class TestEmbedded:
         assert len(caught) >= 6
         return caught
 
-    @too_few_caught
     @pytest.mark.parametrize("name", [*INVISIBLE, *INTERSPERSED])
     def test_smuggling_never_passes(self, fw, caught, name):
         passed = [text for text in caught if not fw.screen(TRANSFORMS[name](text))]
         assert not passed
 
-    @too_few_caught
     def test_few_disguises_pass(self, fw, caught):
         """At most 15 % on average over all transformations."""
         shares = {}
@@ -102,7 +94,6 @@ class TestEmbedded:
         worst = sorted(shares.items(), key=lambda item: -item[1])[:8]
         assert sum(shares.values()) / len(shares) <= 0.15, worst
 
-    @random_characters
     def test_harmless_text_in_any_script_is_not_dangerous(self, fw):
         for row in rows("benign.jsonl"):
             assert fw.screen(row["plain"]).level < AlarmLevel.DANGEROUS, row["name"]

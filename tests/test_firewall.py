@@ -310,7 +310,6 @@ class TestEmbedded:
         missed = [text for text in ATTACKS if not fw.screen(text)]
         assert len(missed) <= 1, missed
 
-    @pytest.mark.xfail(reason="the released detector misses this attack amid ordinary sentences")
     def test_the_span_of_an_attack_in_a_document(self, fw):
         before = " ".join(ORDINARY[:1] + ORDINARY[5:6] + ORDINARY[7:9]) * 4
         text = f"{before}\n\n{ATTACKS[0]}\n\n{before}"
