@@ -302,7 +302,9 @@ fn check_lists(
     }
     let repeated = (1..origins.len()).any(|i| origins[..i].contains(&origins[i]));
     if repeated || !origins.contains(&None) {
-        return Err(format!("origins {origins:?} are not different ones with the unknown among them"));
+        return Err(format!(
+            "origins {origins:?} are not different ones with the unknown among them"
+        ));
     }
     if directions.is_empty() || directions.len() > MAX_DIRECTIONS {
         return Err(format!("{} directions; 1 to {MAX_DIRECTIONS} are read", directions.len()));

@@ -330,7 +330,8 @@ impl Firewall {
         let origin = self.codebook.origins[reading];
         let read = self.codebook.directions.iter().zip(&window.logits);
         let read = read.filter(|(direction, _)| direction.is_read(origin));
-        let probable = |&(direction, &logit): &(&DirectionInfo, &f64)| direction.scored || logit > 0.0;
+        let probable =
+            |&(direction, &logit): &(&DirectionInfo, &f64)| direction.scored || logit > 0.0;
         let mut strongest: Option<(&DirectionInfo, f64)> = None;
         for (direction, &logit) in read.filter(probable) {
             raise(signals, &direction.name, sigmoid(logit));

@@ -258,7 +258,16 @@ fn metadata_out_of_range_are_refused() {
         ("segment_overlap", vec!["16", "-1"]),
         ("sites", vec!["", "1.resid_post", "1.resid_post,3", "1.resid_post,x.mlp_out", "1.a,2.b"]),
         ("length_classes", vec!["[]", "[16, 8]", "[8, 8]", "8", "[-8, 16]", "[8]"]),
-        ("origins", vec!["[]", r#"["user"]"#, "[null, null]", r#"["user", "user", null]"#, r#"["tool", null]"#]),
+        (
+            "origins",
+            vec![
+                "[]",
+                r#"["user"]"#,
+                "[null, null]",
+                r#"["user", "user", null]"#,
+                r#"["tool", null]"#,
+            ],
+        ),
         ("directions", vec!["[]", "{}", r#"[{"name": "a", "origin": "user", "scored": true}]"#]),
     ];
     for (key, values) in cases {

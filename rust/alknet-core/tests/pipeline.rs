@@ -17,7 +17,6 @@ use alknet_core::{
     Alarm, AlarmLevel, Codebook, Error, Firewall, FirewallOptions, Input, Origin, Reader, Reason,
     Stream, Thresholds, alarm,
     model::TokenId,
-    score::corrected_p,
     stream::{MAX_PENDING, SEARCH_BYTES},
     tokenize::Tokenizer,
 };
