@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import attacks, benign
+from . import attacks, benign, machine
 from .dice import Dice
 from .grammar import Grammar
 from .rows import Draft
@@ -123,6 +123,7 @@ _BENIGN = (
     ),
     Group("exercises", 0.6, benign.section("maths", "mathematics", "user")),
     Group("code", 0.8, benign.technical),
+    Group("machine_made", 1.0, machine.machine_made),
     Group("chatter", 0.6, benign.section("chatter", "chatter", "user", typed=True)),
     Group("documents", 1.0, benign.documents),
     Group("prose", 0.5, benign.prose),
