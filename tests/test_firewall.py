@@ -322,8 +322,11 @@ class TestEmbedded:
         texts = [*ORDINARY, *ATTACKS]
         native = fw.screen_batch(texts)
         candle = Firewall(real_folder, engine="candle").screen_batch(texts)
-        differ = [t for t, a, b in zip(texts, native, candle, strict=True) if a.level != b.level]
-        assert not differ
+        for text, ours, reference in zip(texts, native, candle, strict=True):
+            # 8-bit against 32-bit arithmetic; near a threshold the level may be the other one.
+            assert ours.score == pytest.approx(reference.score, abs=0.06), text
+            edge = min(abs(reference.score - threshold) for threshold in (0.3, 0.7))
+            assert ours.level == reference.level or edge < 0.06, text
 
     def test_numbers_are_finite(self, fw):
         for alarm in fw.screen_batch([*ORDINARY, *ATTACKS]):
