@@ -50,7 +50,7 @@ def call(arguments):
 
 
 class TestToolCalls:
-    """What the model asks of tools: its own words, read as both origins."""
+    """What the model asks of tools: its own words, whose origin is unknown."""
 
     @pytest.mark.parametrize(
         "message",

@@ -62,7 +62,7 @@ _detector_option = click.option(
 _origin_option = click.option(
     "--origin",
     type=click.Choice(["user", "document"]),
-    help="Who wrote the text; by default it is read as both and the worse counts.",
+    help="Who wrote the text; by default it could be either.",
 )
 
 

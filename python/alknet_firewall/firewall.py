@@ -133,8 +133,7 @@ class Firewall:
             The text.
         origin : "user", "document" or None
             Who wrote it: the model's user (orders to the model are ordinary), or somebody whose
-            text was fetched (they are not). None reads it as both; the worse counts, corrected
-            for the second look.
+            text was fetched (they are not). None compares it with benign text of both kinds.
 
         Returns
         -------
