@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,13 @@ def compile_codebook(
     )
     tensors = {"mean": fitted.mean, "components": fitted.components}
     z = _projections(corpus, tensors)
-    tensors |= _directions(corpus, fitted, z)
+    behaviours = _behaviours(corpus)
+    tensors |= _directions(corpus, fitted, z, behaviours.values())
     tensors |= _distributions(corpus, z, np.flatnonzero(~corpus.attack))
     tensors |= _novelty_null(corpus, z)
     tensors |= _nulls(corpus, left_out)
     directions = [{"name": _SCORED, "scored": True}]
-    directions += [{"name": name, "scored": False} for name in _behaviours(corpus)]
+    directions += [{"name": name, "scored": False} for name in behaviours]
     counts = Counter((row.source, row.kind) for row in corpus.rows)
     metadata = _core.fingerprint(str(detector)) | {
         "format_version": "1",
@@ -177,14 +178,16 @@ def _behaviours(corpus: Corpus) -> dict[str, Bools]:
     return {name: own for name, own in examples.items() if own.sum() >= _MIN_EXAMPLES}
 
 
-def _directions(corpus: Corpus, fitted: Directions, z: Array) -> dict[str, Array]:
+def _directions(
+    corpus: Corpus, fitted: Directions, z: Array, behaviours: Iterable[Bools]
+) -> dict[str, Array]:
     """Weights and bias of every direction, the scored one first.
 
     A behaviour is told from benign text and from the other attacks, half and half.
     """
     weights, bias = [fitted.weights], [fitted.bias]
     rows = _best_windows(corpus, np.arange(len(corpus.rows)), z @ fitted.weights)
-    for own in _behaviours(corpus).values():
+    for own in behaviours:
         others, benign = corpus.attack & ~own, ~corpus.attack
         shares = 0.5 * own / own.sum() + 0.25 * benign / benign.sum()
         shares += 0.25 * others / max(others.sum(), 1)

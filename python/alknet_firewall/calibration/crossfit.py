@@ -50,8 +50,7 @@ class Corpus:
 
     def of_origin(self, origin: str | None) -> Ints:
         """Texts that could have this origin; all if it is None."""
-        wanted = ("user", "document", None) if origin is None else (origin, None)
-        return np.flatnonzero([row.origin in wanted for row in self.rows])
+        return np.flatnonzero([origin is None or row.origin in (origin, None) for row in self.rows])
 
     def benign_moments(self, texts: Ints | None = None) -> dict[tuple[str, str], Moments]:
         """Moments of the benign windows of every (source, kind), over some texts or all."""

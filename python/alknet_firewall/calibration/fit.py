@@ -109,6 +109,13 @@ class Directions:
     weights: Array
     bias: float
 
+    def oriented(self) -> Directions:
+        """The same logits, the largest entry of each component positive."""
+        largest = np.abs(self.components).argmax(axis=1)
+        signs = np.sign(self.components[np.arange(len(self.components)), largest])
+        components = self.components * signs[:, None]
+        return Directions(self.mean, components, self.weights * signs, self.bias)
+
     def project(self, x: npt.NDArray[Any]) -> Array:
         """Projections ``(n, n_components)`` of windows ``(n, width)``."""
         projections = np.empty((len(x), len(self.components)))
@@ -158,7 +165,7 @@ def fit_directions(
     for _ in range(options.rounds):
         whiten = _whitener(windows, positives, attacks, groups, benign_covariance, scale, options)
         vectors, values = _singular_vectors(windows, positives, attacks, groups, mean, whiten)
-        features = Directions(mean, vectors * values[:, None] @ whiten, values, 0.0)
+        features = Directions(mean, vectors * values[:, None] @ whiten, np.zeros(len(values)), 0.0)
         rows = np.concatenate([*positives, negative_rows])
         labels = np.arange(len(rows)) < len(rows) - len(negative_rows)
         owners = [groups[t] for t, own in zip(attacks, positives, strict=True) for _ in own]
@@ -166,9 +173,8 @@ def fit_directions(
         weights *= np.where(labels, 0.5 / weights[labels].sum(), 0.5 / weights[~labels].sum())
         model = LogisticRegression(C=1 / options.ridge, tol=1e-5, max_iter=1000)
         model.fit(features.project(windows.x[rows]), labels, sample_weight=weights)
-        fitted = _directions(
-            features, model.coef_[0], float(model.intercept_[0]), whiten, vectors, options
-        )
+        components, along = _fold(vectors, model.coef_[0] * values, options.n_components)
+        fitted = Directions(mean, components @ whiten, along, float(model.intercept_[0])).oriented()
         positives = [_best(windows, t, fitted, 1) for t in attacks]
         if options.hard_windows:
             hard = [(t, _best(windows, t, fitted, options.hard_windows)) for t in benign]
@@ -259,21 +265,13 @@ def _singular_vectors(
     return vectors, values / values[0]
 
 
-def _directions(
-    features: Directions,
-    coefficients: Array,
-    bias: float,
-    whiten: Array,
-    vectors: Array,
-    options: FitOptions,
-) -> Directions:
-    """The regression in terms of a few components: the leading vectors, and the rest of its own."""
-    along = coefficients * features.weights
-    leading = min(options.n_components - 1, len(vectors) - 1)
+def _fold(vectors: Array, along: Array, n: int) -> tuple[Array, Array]:
+    """At most ``n`` orthonormal vectors and weights of the same sum as ``along @ vectors``.
+
+    All but the last are the leading ones; the last is what the sum has outside them.
+    """
+    leading = min(n, len(vectors)) - 1
     rest = along[leading:] @ vectors[leading:]
     length = float(np.linalg.norm(rest)) or 1.0
-    components = np.concatenate([vectors[:leading], rest[None] / length]) @ whiten
-    weights = np.append(along[:leading], length)
-    largest = np.abs(components).argmax(axis=1)
-    signs = np.sign(components[np.arange(len(components)), largest])
-    return Directions(features.mean, components * signs[:, None], weights * signs, bias)
+    folded = np.concatenate([vectors[:leading], rest[None] / length])
+    return folded, np.append(along[:leading], length)
