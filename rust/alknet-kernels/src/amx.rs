@@ -14,7 +14,7 @@ use std::{
 use crate::{
     attention::{self, Arithmetic, AttentionTask, Operand},
     avx2,
-    avx512bf16::{self, Bf16, pair_all, pair_neighbours},
+    avx512bf16::{self, Bf16, pair_all, pair_keys},
     dispatch::Kernels,
     isa::Isa,
     pack::PackedMatrix,
@@ -449,17 +449,7 @@ impl Arithmetic for Bf16Tiles {
         len: usize,
         buffer: &'a mut Vec<u32>,
     ) -> Operand<'a, u32> {
-        let words = task.head_dim / 2;
-        let row = words.next_multiple_of(ROW_WORDS);
-        buffer.resize(len * row, 0);
-        for (j, out) in buffer.chunks_exact_mut(row).enumerate() {
-            let key = &task.keys[(start + j) * task.stride..][..task.head_dim];
-            let (out, filling) = out.split_at_mut(words);
-            filling.fill(0);
-            // SAFETY: only this file's `attention` uses this type, on a CPU with BF16.
-            unsafe { pair_neighbours(key, out) };
-        }
-        Operand { words: buffer, row, column: 1 }
+        pair_keys(task, start, len, (task.head_dim / 2).next_multiple_of(ROW_WORDS), buffer)
     }
 
     #[inline(always)]

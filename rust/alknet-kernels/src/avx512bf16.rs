@@ -39,14 +39,7 @@ impl Arithmetic for Bf16 {
         len: usize,
         buffer: &'a mut Vec<u32>,
     ) -> Operand<'a, u32> {
-        let words = task.head_dim / 2;
-        buffer.resize(len * words, 0);
-        for (j, out) in buffer.chunks_exact_mut(words).enumerate() {
-            let key = &task.keys[(start + j) * task.stride..][..task.head_dim];
-            // SAFETY: only this file's `attention` uses this type, on a CPU with BF16.
-            unsafe { pair_neighbours(key, out) };
-        }
-        Operand { words: buffer, row: words, column: 1 }
+        pair_keys(task, start, len, task.head_dim / 2, buffer)
     }
 
     #[inline(always)]
@@ -112,6 +105,26 @@ fn short_exp(x: f32) -> f32 {
     p * power_of_two(shifted)
 }
 
+/// Keys from `start` on in pairs of neighbours, rows of `row` words filled with zeros.
+#[inline(always)]
+pub(crate) fn pair_keys<'a>(
+    task: &AttentionTask<'a>,
+    start: usize,
+    len: usize,
+    row: usize,
+    buffer: &'a mut Vec<u32>,
+) -> Operand<'a, u32> {
+    buffer.resize(len * row, 0);
+    for (j, out) in buffer.chunks_exact_mut(row).enumerate() {
+        let key = &task.keys[(start + j) * task.stride..][..task.head_dim];
+        let (out, filling) = out.split_at_mut(task.head_dim / 2);
+        filling.fill(0);
+        // SAFETY: only attention in bf16 comes here, on a CPU with BF16.
+        unsafe { pair_neighbours(key, out) };
+    }
+    Operand { words: buffer, row, column: 1 }
+}
+
 /// Pairs rows `2j` and `2j + 1` of `len` rows; the partner of a last odd row is zero.
 #[inline(always)]
 pub(crate) fn pair_all<'a>(
@@ -130,7 +143,7 @@ pub(crate) fn pair_all<'a>(
 
 /// `out[i] = (x[2i], x[2i + 1])`.
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub(crate) fn pair_neighbours(x: &[f32], out: &mut [u32]) {
+fn pair_neighbours(x: &[f32], out: &mut [u32]) {
     assert_eq!(x.len(), 2 * out.len());
     let ((x, x_rest), (out, out_rest)) = (x.as_chunks::<{ 2 * LANES }>(), out.as_chunks_mut());
     for (x, out) in x.iter().zip(out) {
