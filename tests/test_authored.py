@@ -212,7 +212,14 @@ def test_every_phrase_section_is_used() -> None:
     folder = Path(__file__).parents[1] / "python/alknet_firewall/authored"
     sources = [*folder.glob("*.py"), *folder.rglob("*.txt")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
-    composed = ("topic.", "title.", "carrier.", "wrap.", *(f"{lang}." for lang in LANGUAGES))
+    composed = (
+        "topic.",
+        "title.",
+        "carrier.",
+        "long.",
+        "wrap.",
+        *(f"{lang}." for lang in LANGUAGES),
+    )
     for name in phrases().names():
         used = re.search(rf'[{{^*"|]{re.escape(name)}["}}#]', text)
         assert used or name.startswith(composed), name

@@ -23,20 +23,29 @@ _PLANTED: dict[str, float] = {
     "instruction_override": 3,
     "document_override": 2,
     "agent_instruction": 2,
-    "exfiltration": 2,
-    "tool_hijack": 2,
+    "exfiltration": 2.5,
+    "tool_hijack": 3,
     "output_manipulation": 2,
     "advertising": 1.5,
-    "rating_manipulation": 1.5,
-    "memory_poisoning": 1.5,
+    "rating_manipulation": 2,
+    "memory_poisoning": 2,
     "conditional_trigger": 1.5,
-    "persuasion": 1.5,
+    "persuasion": 2.5,
     "fake_turn": 1.5,
-    "sabotage": 1.5,
+    "sabotage": 2.5,
     "prompt_extraction": 1,
-    "refusal_suppression": 0.5,
+    "refusal_suppression": 1,
     "roleplay": 0.5,
     "payload_splitting": 1,
+}
+
+# Families in what a user pastes: a harmless order there could be the user's own.
+_PASTED_INTO: dict[str, float] = {
+    "instruction_override": 3,
+    "fresh_start": 2,
+    "fake_turn": 1,
+    "exfiltration": 0.7,
+    "tool_hijack": 0.7,
 }
 
 # What reaches a model only as an order, and therefore needs a frame around it in a document.
@@ -156,7 +165,7 @@ def attack_in_paste(grammar: Grammar, dice: Dice) -> list[Draft]:
     """Pairs of requests about a pasted text, clean and with an override inside."""
     carrier = CARRIERS[dice.pick(["email", "page", "forum", "review", "prose", "ticket", "pdf"])]
     document = write(carrier, grammar, dice)
-    family = dice.weighted({"instruction_override": 3, "fake_turn": 1, "fresh_start": 2})
+    family = dice.weighted(_PASTED_INTO)
     texts = _with_and_without(document, [attack(family, grammar, dice)], grammar, dice)
     request = grammar.draw("paste.request", dice)
     frame = grammar.draw("paste.layout", dice, bind(instruction=request, pasted=_PASTED))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 
 from .dice import Dice
 from .grammar import Grammar, bind
@@ -23,6 +24,15 @@ _BODY_LENGTHS = {1: 4.0, 2: 4.0, 3: 4.0, 5: 4.0, 9: 2.5, 16: 1.2, 26: 0.6}
 
 # How many documents of a kind stand one after the other, as in an inbox or a list of hits.
 _BUNDLE_SIZES = {1: 16.0, 2: 3.0, 4: 1.5, 9: 0.7}
+
+
+# How many documents are long, some 1,000 to 4,000 tokens, and how many characters these have at
+# least. Not words: a line of a log has few of them and many tokens.
+_LONG_SHARE = 0.12
+_LONG_CHARACTERS = (3_000, 12_000)
+
+# How the chapters of a long body are headed.
+_HEADINGS = ["{number}. {title}", "## {title}", "{title}"]
 
 
 @dataclass(frozen=True)
@@ -158,29 +168,70 @@ class Document:
 
 def write(carrier: Carrier, grammar: Grammar, dice: Dice) -> Document:
     """A new document of the given kind, or several of them in one, as in an inbox."""
+    if dice.chance(_LONG_SHARE):
+        return Document(carrier, _long(carrier, grammar, dice))
+    section = f"carrier.{carrier.name}"
     count = dice.weighted(_BUNDLE_SIZES)
-    return Document(carrier, "\n\n".join(_one(carrier, grammar, dice) for _ in range(count)))
+    return Document(carrier, "\n\n".join(_short(section, grammar, dice) for _ in range(count)))
 
 
-def _one(carrier: Carrier, grammar: Grammar, dice: Dice) -> str:
+def _long(carrier: Carrier, grammar: Grammar, dice: Dice) -> str:
+    """Pages of one kind of document: a form of its own if it has one, else as many as it takes."""
+    section = f"long.{carrier.name}"
+    if not grammar.names(section):
+        section = f"carrier.{carrier.name}"
+    wanted, text = dice.between(*_LONG_CHARACTERS), ""
+    while len(text) < wanted:
+        topics = _topics(24, grammar, dice)
+        body = _chapters(dict(list(topics.items())[: dice.between(3, 7)]), dice)
+        text += "\n\n" + _fill(section, body, topics, grammar, dice)
+    return text
+
+
+def _short(section: str, grammar: Grammar, dice: Dice) -> str:
     """One document on a topic drawn at random, its places open."""
-    topics = dice.sample(grammar.names("topic."), 8)
-    paragraphs = [
-        paragraph
-        for topic in topics
-        for paragraph in grammar.draw_several(topic, dice.between(3, 5), dice, bind())
-    ]
-    paragraphs = list(dict.fromkeys(paragraphs))
-    length = dice.weighted(_BODY_LENGTHS)
-    body = "".join(f"{text}{_HERE}\n\n{_HERE}\n\n" for text in paragraphs[:length])
+    topics = _topics(8, grammar, dice)
+    paragraphs = list(chain.from_iterable(topics.values()))
+    body = _with_places(paragraphs[: dice.weighted(_BODY_LENGTHS)])
+    return _fill(section, body, topics, grammar, dice)
+
+
+def _topics(count: int, grammar: Grammar, dice: Dice) -> dict[str, list[str]]:
+    """Titles, each with paragraphs on its topic."""
+    return {
+        grammar.draw(topic.replace("topic.", "title."), dice): list(
+            dict.fromkeys(grammar.draw_several(topic, dice.between(3, 5), dice, bind()))
+        )
+        for topic in dice.sample(grammar.names("topic."), count)
+    }
+
+
+def _chapters(topics: dict[str, list[str]], dice: Dice) -> str:
+    """A body with a chapter on each topic."""
+    heading = dice.pick(_HEADINGS)
+    return "\n\n".join(
+        heading.format(number=number, title=title) + "\n\n" + _with_places(paragraphs)
+        for number, (title, paragraphs) in enumerate(topics.items(), 1)
+    )
+
+
+def _with_places(paragraphs: list[str]) -> str:
+    """Paragraphs with a place at the end of each and one below it."""
+    return "".join(f"{text}{_HERE}\n\n{_HERE}\n\n" for text in paragraphs).rstrip()
+
+
+def _fill(
+    section: str, body: str, topics: dict[str, list[str]], grammar: Grammar, dice: Dice
+) -> str:
+    """A document of a section, its places open."""
     scope = bind(
         here=_HERE,
-        title=grammar.draw(topics[0].replace("topic.", "title."), dice),
-        body=body.rstrip(),
-        # A body and single paragraphs never occur together.
-        para=paragraphs,
+        title=next(iter(topics)),
+        body=body,
+        # From the other end than the body, so that no paragraph stands in both.
+        para=list(chain.from_iterable(topics.values()))[::-1],
     )
-    return grammar.draw(f"carrier.{carrier.name}", dice, scope)
+    return grammar.draw(section, dice, scope)
 
 
 def _tidy(text: str) -> str:

@@ -55,8 +55,17 @@ _ATTACKS = (
     Group("ciphers", 0.5, attacks.disguised),
     Group(
         "overrides",
-        1.5,
-        attacks.direct(["instruction_override", "authority", "fresh_start", "terse_order"]),
+        1.8,
+        attacks.direct(
+            [
+                "instruction_override",
+                "instruction_override",
+                "authority",
+                "fresh_start",
+                "terse_order",
+                "terse_order",
+            ]
+        ),
     ),
     Group(
         "personas",
@@ -65,7 +74,7 @@ _ATTACKS = (
     ),
     Group(
         "extraction",
-        1.0,
+        1.4,
         attacks.direct(
             [
                 "direct_extraction",
@@ -77,14 +86,14 @@ _ATTACKS = (
     ),
     Group(
         "conversations",
-        1.0,
+        1.2,
         attacks.direct(
             ["fake_turn", "many_shot", "multi_turn", "refusal_suppression", "payload_splitting"]
         ),
     ),
     Group(
         "influence",
-        0.7,
+        1.2,
         attacks.direct(["memory_poisoning", "conditional_trigger", "persuasion", "unsafe_request"]),
     ),
 )
@@ -93,11 +102,11 @@ _BENIGN = (
     Group("requests", 2.0, benign.section("request", "request", "user", typed=True)),
     Group(
         "near_requests",
-        1.5,
+        2.2,
         benign.section("near", "near_request", "user", "hard_benign", typed=True),
     ),
-    Group("pasted_requests", 1.0, benign.pasted),
-    Group("role_prompts", 1.0, benign.section("role.system", "role_prompt", "user", "hard_benign")),
+    Group("pasted_requests", 1.3, benign.pasted),
+    Group("role_prompts", 1.4, benign.section("role.system", "role_prompt", "user", "hard_benign")),
     Group(
         "notorious_words",
         0.7,
@@ -108,8 +117,8 @@ _BENIGN = (
         0.2,
         benign.section("trigger.request", "notorious_words", "user", "hard_benign", typed=True),
     ),
-    Group("orders_to_people", 1.5, benign.section("people", "orders_to_people", "document")),
-    Group("asides", 2.0, benign.asides),
+    Group("orders_to_people", 2.0, benign.section("people", "orders_to_people", "document")),
+    Group("asides", 2.6, benign.asides),
     Group("ai_texts", 0.8, benign.section("ai", "about_assistants", "document", "hard_benign")),
     Group(
         "security_texts",
@@ -118,7 +127,7 @@ _BENIGN = (
     ),
     Group(
         "security_requests",
-        0.3,
+        0.9,
         benign.section("security.request", "security_teaching", "user", "hard_benign"),
     ),
     Group("exercises", 0.6, benign.section("maths", "mathematics", "user")),
