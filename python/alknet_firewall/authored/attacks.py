@@ -203,10 +203,10 @@ def foreign(grammar: Grammar, dice: Dice) -> list[Draft]:
     """Attacks in other languages: typed, in a document of that language, or code-switched."""
     lang = dice.pick(LANGUAGES)
     form = dice.pick(["typed", "typed", "native", "native", "switched", "english"])
-    order = grammar.draw(f"{lang}.{dice.pick(['override', 'order'])}", dice)
     if form == "typed":
-        override = grammar.draw(f"{lang}.override", dice)
+        override = register(grammar.draw(f"{lang}.override", dice), dice)
         return [Draft(override, "direct_injection", "foreign_language", "user", lang)]
+    order = _foreign_order(lang, grammar, dice)
     if form == "switched":
         return _pair(
             CARRIERS[dice.pick(["email", "page", "prose", "html", "issue", "review"])],
@@ -216,6 +216,14 @@ def foreign(grammar: Grammar, dice: Dice) -> list[Draft]:
         order = attack(dice.pick(["task_switch", "instruction_override"]), grammar, dice)
     family = "code_switched" if form == "english" else "foreign_language"
     return _native_pair(lang, order, family, grammar, dice)
+
+
+def _foreign_order(lang: str, grammar: Grammar, dice: Dice) -> str:
+    """What a stranger plants: an override, an order or two orders, as hasty as people write."""
+    if dice.chance(0.15):
+        orders = grammar.draw_several(f"{lang}.order", 2, dice, bind())
+        return register(" ".join(orders), dice)
+    return register(grammar.draw(f"{lang}.{dice.pick(['override', 'order'])}", dice), dice)
 
 
 def _native_pair(lang: str, order: str, family: str, grammar: Grammar, dice: Dice) -> list[Draft]:

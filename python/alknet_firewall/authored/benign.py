@@ -76,11 +76,18 @@ def pasted(grammar: Grammar, dice: Dice) -> list[Draft]:
 
 
 def foreign(grammar: Grammar, dice: Dice) -> list[Draft]:
-    """Requests and documents in other languages."""
+    """Requests and documents in other languages, some with words that attacks use as well."""
     lang = dice.pick(LANGUAGES)
-    if dice.chance(0.4):
-        request = grammar.draw(f"{lang}.request", dice)
+    form = dice.weighted({"request": 3, "text": 4.5, "hard": 2.5})
+    if form == "request":
+        request = register(grammar.draw(f"{lang}.request", dice), dice)
         return [Draft(request, "benign", "foreign_language", "user", lang)]
-    texts = grammar.draw_several(f"{lang}.text", dice.between(1, 5), dice, bind())
+    count = dice.between(1, 5) if form == "text" else dice.between(0, 3)
+    texts = grammar.draw_several(f"{lang}.text", count, dice, bind())
+    if form == "hard":
+        # Where an injection would stand, and as hasty as one.
+        hard = register(grammar.draw(f"{lang}.hard", dice), dice)
+        texts.insert(dice.between(0, len(texts)), hard)
     text = dice.pick(["\n\n", "\n", " "]).join(texts)
-    return [Draft(text, "benign", "foreign_language", "document", lang, "prose")]
+    kind: Kind = "hard_benign" if form == "hard" else "benign"
+    return [Draft(text, kind, "foreign_language", "document", lang, "prose")]
