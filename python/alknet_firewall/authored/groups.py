@@ -42,12 +42,12 @@ _OFFICE = ["resume", "minutes", "invoice", "contract", "pdf", "medical", "slides
 
 _ATTACKS = (
     # Pairs: half of these rows are the clean documents.
-    Group("slipped_orders", 3.0, attacks.slipped),
-    Group("mail_injections", 2.0, attacks.attack_in_document(_MAIL)),
+    Group("slipped_orders", 3.6, attacks.slipped),
+    Group("mail_injections", 2.4, attacks.attack_in_document(_MAIL)),
     Group("web_injections", 2.0, attacks.attack_in_document(_WEB)),
     Group("public_injections", 1.5, attacks.attack_in_document(_PUBLIC)),
-    Group("tool_injections", 2.0, attacks.attack_in_document(_TOOLS)),
-    Group("code_injections", 2.0, attacks.attack_in_document(_CODE)),
+    Group("tool_injections", 2.6, attacks.attack_in_document(_TOOLS)),
+    Group("code_injections", 2.2, attacks.attack_in_document(_CODE)),
     Group("office_injections", 2.0, attacks.attack_in_document(_OFFICE)),
     Group("household_injections", 1.0, attacks.attack_in_document(_HOUSEHOLD)),
     Group("pasted_injections", 1.0, attacks.attack_in_paste),
@@ -117,8 +117,8 @@ _BENIGN = (
         0.2,
         benign.section("trigger.request", "notorious_words", "user", "hard_benign", typed=True),
     ),
-    Group("orders_to_people", 2.0, benign.section("people", "orders_to_people", "document")),
-    Group("asides", 2.6, benign.asides),
+    Group("orders_to_people", 1.7, benign.section("people", "orders_to_people", "document")),
+    Group("asides", 2.3, benign.asides),
     Group("ai_texts", 0.8, benign.section("ai", "about_assistants", "document", "hard_benign")),
     Group(
         "security_texts",
