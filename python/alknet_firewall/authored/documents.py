@@ -25,7 +25,6 @@ _BODY_LENGTHS = {1: 4.0, 2: 4.0, 3: 4.0, 5: 4.0, 9: 2.5, 16: 1.2, 26: 0.6}
 # How many documents of a kind stand one after the other, as in an inbox or a list of hits.
 _BUNDLE_SIZES = {1: 16.0, 2: 3.0, 4: 1.5, 9: 0.7}
 
-
 # How many documents are long, some 1,000 to 4,000 tokens, and how many characters these have at
 # least. Not words: a line of a log has few of them and many tokens.
 _LONG_SHARE = 0.12
