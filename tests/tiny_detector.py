@@ -113,6 +113,7 @@ def write_codebook(
         "cdf_knots": spread[:, None] * np.array([-3.0, 0.0, 3.0]),
         "cdf_values": np.tile([0.01, 0.5, 0.99], (2, 1)),
         "direction_weights": weights,
+        "frame_weights": np.zeros((2, 2)),
         "direction_bias": np.full(2, -22.0),
         "null_knots": np.tile(_NULL[0], (3, 2, 1)),
         "null_values": np.tile(_NULL[1], (3, 2, 1)),
@@ -120,13 +121,14 @@ def write_codebook(
         "novelty_values": np.tile(_NOVELTY[1], (2, 1)),
     }
     metadata = fingerprint | {
-        "format_version": "1",
+        "format_version": "2",
         "detector": "tiny",
         "sites": ",".join(sites),
         "hidden_size": str(benign.shape[1] // len(sites)),
         "length_classes": "[16, 64]",
         "origins": '["user", "document", null]',
         "directions": json.dumps(_DIRECTIONS),
+        "frame": "1",
         **{name: str(value) for name, value in LAYOUT.items()},
     }
     arrays = {name: np.ascontiguousarray(x, dtype=np.float32) for name, x in tensors.items()}

@@ -66,7 +66,8 @@ def read_windows(
     cache: Path,
     progress: Progress | None = None,
 ) -> WindowStore:
-    """Window means of every text, from the cache where it has them.
+    """Window means of every text, from the cache where it has them; every token counts alike: its
+    activations are brought to a root mean square of 1 per site.
 
     The cache is a growing file per (detector, arithmetic, layout); texts already in it, from any
     corpus, are not read again.
@@ -85,7 +86,7 @@ def read_windows(
     """
     # The name of the engine without its instruction set and threads: they round alike.
     arithmetic = reader.engine.split()[0]
-    settings = json.dumps([key, arithmetic, asdict(layout)], sort_keys=True)
+    settings = json.dumps([key, arithmetic, "unit rms", asdict(layout)], sort_keys=True)
     name = hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder = cache / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,9 +150,8 @@ class _Index:
         with self._data.open("r+b" if self._data.exists() else "w+b") as data:
             data.seek(self._rows * self._width * 2)
             for digest, rows, n_tokens in zip(digests, means, tokens, strict=True):
-                # Half precision keeps three digits; its range ends at 65504, so what lies beyond
-                # (massive activations of a first token) is held there.
-                data.write(np.clip(rows, -65504, 65504).astype("<f2").tobytes())
+                # Half precision keeps three digits.
+                data.write(rows.astype("<f2").tobytes())
                 end = self._rows + len(rows)
                 self.entries[digest] = (self._rows, end, n_tokens)
                 lines.append(json.dumps([digest, self._rows, end, n_tokens, self._width]) + "\n")

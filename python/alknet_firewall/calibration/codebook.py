@@ -19,7 +19,7 @@ from ..errors import InputError
 from .activations import Layout
 from .corpus import Row, sha256_of
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
-from .fit import Directions, FitOptions, fit_directions
+from .fit import FitOptions, Scorer, benign_moments, fit_scorer, pool, project
 from .null import LENGTH_CLASSES, component_cdf, null_splines
 
 Array = npt.NDArray[np.float64]
@@ -69,16 +69,12 @@ def compile_codebook(
     """
     _check(corpus)
     left_out = cross_fit(corpus, options, progress=progress)
-    fitted = fit_directions(
-        corpus.windows,
-        corpus.attack,
-        corpus.groups,
-        np.arange(len(corpus.rows)),
-        options,
-        corpus.benign_moments(),
-    )
+    every = np.arange(len(corpus.rows))
+    scales = (corpus.windows, corpus.windows.frames(options.frame))
+    moments = [benign_moments(scale, corpus.attack, corpus.groups, every) for scale in scales]
+    fitted = fit_scorer(scales, corpus.attack, corpus.groups, every, options, moments)
     tensors = {"mean": fitted.mean, "components": fitted.components}
-    z = _projections(corpus, tensors)
+    z = project(fitted.mean, fitted.components, corpus.windows.x)
     behaviours = _behaviours(corpus)
     tensors |= _directions(corpus, fitted, z, behaviours.values())
     tensors |= _distributions(corpus, z, np.flatnonzero(~corpus.attack))
@@ -88,13 +84,14 @@ def compile_codebook(
     directions += [{"name": name, "scored": False} for name in behaviours]
     counts = Counter((row.source, row.kind) for row in corpus.rows)
     metadata = _core.fingerprint(str(detector)) | {
-        "format_version": "1",
+        "format_version": "2",
         "detector": detector.name,
         "library_version": _core.__version__,
         "sites": ",".join(layout.sites),
         "hidden_size": str(corpus.windows.x.shape[1] // len(layout.sites)),
         "window": str(layout.window),
         "stride": str(layout.stride),
+        "frame": str(options.frame),
         "segment_tokens": str(layout.segment_tokens),
         "segment_overlap": str(layout.segment_overlap),
         "length_classes": json.dumps(LENGTH_CLASSES),
@@ -127,11 +124,12 @@ def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
     tensors = load_file(codebook)
     metadata = _core.inspect_codebook(str(codebook))
     metadata.pop("n_components", None)
-    z = _projections(corpus, tensors)
+    z = project(tensors["mean"], tensors["components"], corpus.windows.x)
     directions = json.loads(metadata["directions"])
-    origins = json.loads(metadata["origins"])
+    frame = int(metadata["frame"])
     statistics = [
-        _largest(corpus, _scored_logits(z, tensors, directions, origin)) for origin in origins
+        _statistics(corpus, z, tensors, directions, origin, frame)
+        for origin in json.loads(metadata["origins"])
     ]
     depth = _largest(corpus, _depth(z, tensors))
     classes = json.loads(metadata["length_classes"])
@@ -162,13 +160,6 @@ def _check(corpus: Corpus) -> None:
             )
 
 
-def _projections(corpus: Corpus, tensors: Mapping[str, Array]) -> Array:
-    """``(n_windows, n_components)``."""
-    components = tensors["components"]
-    every = Directions(tensors["mean"], components, np.zeros(len(components)), 0.0)
-    return every.project(corpus.windows.x)
-
-
 def _behaviours(corpus: Corpus) -> dict[str, Bools]:
     """Behaviours with enough examples, and which texts are examples, ``(n_texts,)``."""
     examples = {
@@ -179,14 +170,15 @@ def _behaviours(corpus: Corpus) -> dict[str, Bools]:
 
 
 def _directions(
-    corpus: Corpus, fitted: Directions, z: Array, behaviours: Iterable[Bools]
+    corpus: Corpus, fitted: Scorer, z: Array, behaviours: Iterable[Bools]
 ) -> dict[str, Array]:
     """Weights and bias of every direction, the scored one first.
 
-    A behaviour is told from benign text and from the other attacks, half and half.
+    A behaviour is told from benign text and from the other attacks, half and half, by the window
+    that is most like an attack.
     """
-    weights, bias = [fitted.weights], [fitted.bias]
-    rows = _best_windows(corpus, np.arange(len(corpus.rows)), z @ fitted.weights)
+    weights, bias = [fitted.window_weights], [fitted.bias]
+    rows = _best_windows(corpus, np.arange(len(corpus.rows)), z @ fitted.window_weights)
     for own in behaviours:
         others, benign = corpus.attack & ~own, ~corpus.attack
         shares = 0.5 * own / own.sum() + 0.25 * benign / benign.sum()
@@ -195,7 +187,13 @@ def _directions(
         model.fit(z[rows], own, sample_weight=shares)
         weights.append(model.coef_[0])
         bias.append(float(model.intercept_[0]))
-    return {"direction_weights": np.stack(weights), "direction_bias": np.array(bias)}
+    frame_weights = np.zeros((len(weights), z.shape[1]))
+    frame_weights[0] = fitted.frame_weights
+    return {
+        "direction_weights": np.stack(weights),
+        "frame_weights": frame_weights,
+        "direction_bias": np.array(bias),
+    }
 
 
 def _best_windows(corpus: Corpus, texts: npt.NDArray[np.int64], logits: Array) -> npt.NDArray[Any]:
@@ -257,20 +255,27 @@ def _depth(z: Array, tensors: Mapping[str, Array]) -> Array:
     return mean
 
 
-def _scored_logits(
+def _statistics(
+    corpus: Corpus,
     z: Array,
     tensors: Mapping[str, Array],
     directions: Sequence[Mapping[str, Any]],
     origin: str | None,
+    frame: int,
 ) -> Array:
-    """Largest log-odds over the scored directions of an origin, ``(n_windows,)``."""
+    """Largest log-odds over the frames of every text and the scored directions of an origin."""
 
     def is_read(info: Mapping[str, Any]) -> bool:
         return None in (info.get("origin"), origin) or info["origin"] == origin
 
-    own = [d for d, info in enumerate(directions) if info["scored"] and is_read(info)]
-    logits = z @ tensors["direction_weights"][own].T + tensors["direction_bias"][own]
-    largest: Array = logits.max(axis=1)
+    lengths = np.diff(corpus.windows.starts)
+    logits = [
+        pool(z @ tensors["direction_weights"][d], z @ tensors["frame_weights"][d], lengths, frame)
+        + tensors["direction_bias"][d]
+        for d, info in enumerate(directions)
+        if info["scored"] and is_read(info)
+    ]
+    largest: Array = np.max(logits, axis=0)
     return largest
 
 

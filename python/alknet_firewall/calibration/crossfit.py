@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .corpus import FOLDS, Row
-from .fit import Directions, FitOptions, Moments, Windows, fit_directions
+from .fit import FitOptions, Windows, benign_moments, fit_scorer
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -51,23 +51,6 @@ class Corpus:
     def of_origin(self, origin: str | None) -> Ints:
         """Texts that could have this origin; all if it is None."""
         return np.flatnonzero([origin is None or row.origin in (origin, None) for row in self.rows])
-
-    def benign_moments(self, texts: Ints | None = None) -> dict[tuple[str, str], Moments]:
-        """Moments of the benign windows of every (source, kind), over some texts or all."""
-        own: dict[tuple[str, str], list[int]] = {}
-        for t in range(len(self.rows)) if texts is None else texts:
-            if not self.rows[t].attack:
-                own.setdefault(self.groups[t], []).append(int(t))
-        x = self.windows.x
-        return {g: Moments.of(x[self.windows.rows(np.array(ts))]) for g, ts in own.items()}
-
-    def largest(self, directions: Directions, texts: Ints) -> Array:
-        """Largest window logit of some texts, ``(len(texts),)``."""
-        logits = directions.logits(self.windows.x[self.windows.rows(texts)])
-        lengths = self.windows.starts[texts + 1] - self.windows.starts[texts]
-        ends = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        result: Array = np.maximum.reduceat(logits, ends)
-        return result
 
 
 def folds_of(rows: Sequence[Row]) -> list[Bools]:
@@ -110,21 +93,21 @@ def cross_fit(
 ) -> Array:
     """Largest logit of every text under directions fitted without its fold, ``(n_texts,)``."""
     folds = folds_of(corpus.rows)
-    moments = corpus.benign_moments()
+    scales = (corpus.windows, corpus.windows.frames(options.frame))
+    attack, groups = corpus.attack, corpus.groups
+    every = np.arange(len(corpus.rows))
+    moments = [benign_moments(scale, attack, groups, every) for scale in scales]
     scores = np.full(len(corpus.rows), np.nan)
     for f, held in enumerate(folds):
         # The rows of authored groups that are left out must not show in the groups' moments either.
         split = set(corpus.sources[held]) & set(corpus.sources[~held])
         rest = np.flatnonzero(~held & np.isin(corpus.sources, sorted(split)))
-        fitted = fit_directions(
-            corpus.windows,
-            corpus.attack,
-            corpus.groups,
-            np.flatnonzero(~held),
-            options,
-            moments | corpus.benign_moments(rest),
-        )
-        scores[held] = corpus.largest(fitted, np.flatnonzero(held))
+        own = [
+            whole | benign_moments(scale, attack, groups, rest)
+            for scale, whole in zip(scales, moments, strict=True)
+        ]
+        scorer = fit_scorer(scales, attack, groups, np.flatnonzero(~held), options, own)
+        scores[held] = scorer.largest(corpus.windows, np.flatnonzero(held))
         if progress:
             progress("cross-fit", f + 1, len(folds))
     return scores

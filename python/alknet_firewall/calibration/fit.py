@@ -1,39 +1,48 @@
 """Components and the scored direction: what separates the windows of attacks from benign ones.
 
-(1) μ and a scale per dimension from benign windows, sources weighing alike; (2) positives: every
-window of the attack texts at first, then in every attack text its best window under the current
-scorer (multiple-instance learning: only part of an injected document is an injection); (3)
-covariance within sources, of benign and of positive windows, averaged over (source, kind) and
-shrunk to its mean variance, whitens; (4) one row per (source, kind), the mean whitened positive
-window; the right singular vectors of these rows, each scaled by its singular value; (5) a ridge
-logistic regression on the projections, classes balanced, sources weighing 1/√n, so that a vector on
-which few groups agree takes part little; (6) again from (2).
+Two models are fitted in the same way, one on windows and one on frames, the means of a few
+consecutive windows. The log-odds of a frame are the mean of those of its largest window and of its
+own: an order of few words shows in the first, a longer one in the second.
 
-The components are the first singular vectors, and last what the scored direction has outside them.
+Each is made so: (1) μ and a scale per dimension from benign windows, sources weighing alike;
+(2) positives: every window of the attack texts at first, then in every attack text its best window
+under the current model (multiple-instance learning: only part of an injected document is an
+injection); (3) covariance within sources, of benign and of positive windows, averaged over (source,
+kind) and shrunk to its mean variance, whitens; (4) one row per (source, kind), the mean whitened
+positive window; the right singular vectors of these rows, each scaled by its singular value; (5) a
+ridge logistic regression on the projections, classes balanced, sources weighing 1/√n, so that a
+vector on which few groups agree takes part little; (6) again from (2).
+
+The components are the first singular vectors of the windows, then what their model has outside
+them, and last the frames' model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 from scipy.linalg import solve_triangular
 from sklearn.linear_model import LogisticRegression
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
-__all__ = ["Directions", "FitOptions", "Moments", "Windows", "fit_directions"]
+__all__ = ["FitOptions", "Moments", "Scorer", "Windows", "benign_moments", "fit_scorer", "pool"]
 
 
 @dataclass(frozen=True, slots=True)
 class FitOptions:
     """Choices of the recipe; the defaults are those of the shipped codebook."""
 
-    # Rows of the projection; the scored direction is exact with any number.
+    # Consecutive windows that are judged together.
+    frame: int = 3
+    # Rows of the projection, at least 2; the scored direction is exact with any number.
     n_components: int = 16
     shrinkage: float = 0.3
     rounds: int = 3
@@ -65,6 +74,19 @@ class Windows:
         spans = [np.arange(self.starts[t], self.starts[t + 1]) for t in texts]
         return np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
 
+    def frames(self, n: int) -> Windows:
+        """Means of every ``n`` consecutive windows; a text of fewer is one frame."""
+        lengths = np.diff(self.starts)
+        counts = np.maximum(lengths - n + 1, 1)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        x = np.empty((starts[-1], self.x.shape[1]), self.x.dtype)
+        for t, (first, last) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
+            own = self.x[first:last].astype(np.float32)
+            frame = x[starts[t] : starts[t + 1]]
+            size = min(n, len(own))
+            frame[:] = sum(own[i : i + len(frame)] for i in range(size)) / size
+        return Windows(x, starts)
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -90,8 +112,8 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
-class Directions:
-    """The scored direction: ``logit = weights · (components @ (x − mean)) + bias``.
+class _Directions:
+    """A model of windows: ``logit = weights · (components @ (x − mean)) + bias``.
 
     Attributes
     ----------
@@ -109,72 +131,161 @@ class Directions:
     weights: Array
     bias: float
 
-    def oriented(self) -> Directions:
+    def oriented(self) -> _Directions:
         """The same logits, the largest entry of each component positive."""
         largest = np.abs(self.components).argmax(axis=1)
         signs = np.sign(self.components[np.arange(len(self.components)), largest])
         components = self.components * signs[:, None]
-        return Directions(self.mean, components, self.weights * signs, self.bias)
-
-    def project(self, x: npt.NDArray[Any]) -> Array:
-        """Projections ``(n, n_components)`` of windows ``(n, width)``."""
-        projections = np.empty((len(x), len(self.components)))
-        for start in range(0, len(x), 65536):
-            block = x[start : start + 65536].astype(np.float32) - self.mean.astype(np.float32)
-            projections[start : start + 65536] = block @ self.components.T.astype(np.float32)
-        return projections
+        return _Directions(self.mean, components, self.weights * signs, self.bias)
 
     def logits(self, x: npt.NDArray[Any]) -> Array:
         """Log-odds ``(n,)`` of windows ``(n, width)``."""
-        return self.project(x) @ self.weights + self.bias
+        return project(self.mean, self.components, x) @ self.weights + self.bias
 
 
-def fit_directions(
-    windows: Windows,
-    attack: npt.NDArray[np.bool_],
-    groups: Sequence[tuple[str, str]],
-    texts: Ints,
-    options: FitOptions,
-    benign_moments: dict[tuple[str, str], Moments],
-) -> Directions:
-    """Fit on some texts.
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """The scored direction of frames, with ``z = components @ (x − mean)`` of their windows.
+
+    ``logit = max(window_weights · z) + mean(frame_weights · z) + bias``.
+
+    Attributes
+    ----------
+    mean : ndarray
+        ``(width,)``.
+    components : ndarray
+        ``(n_components, width)``, whitening folded in; each row's largest entry is positive.
+    window_weights, frame_weights : ndarray
+        ``(n_components,)``.
+    bias : float
+    frame : int
+        Windows of a frame.
+    """
+
+    mean: Array
+    components: Array
+    window_weights: Array
+    frame_weights: Array
+    bias: float
+    frame: int
+
+    def largest(self, windows: Windows, texts: npt.NDArray[Any]) -> Array:
+        """Largest logit of some texts, ``(len(texts),)``."""
+        z = project(self.mean, self.components, windows.x[windows.rows(texts)])
+        lengths = np.diff(windows.starts)[texts]
+        logits = pool(z @ self.window_weights, z @ self.frame_weights, lengths, self.frame)
+        return logits + self.bias
+
+
+def project(mean: Array, components: Array, x: npt.NDArray[Any]) -> Array:
+    """Projections ``(n, n_components)`` of windows ``(n, width)``."""
+    projections = np.empty((len(x), len(components)))
+    for start in range(0, len(x), 65536):
+        block = x[start : start + 65536].astype(np.float32) - mean.astype(np.float32)
+        projections[start : start + 65536] = block @ components.T.astype(np.float32)
+    return projections
+
+
+def pool(peaks: Array, means: Array, lengths: Ints, frame: int) -> Array:
+    """Largest frame of every text: its largest peak plus its mean of ``means``.
 
     Parameters
     ----------
-    attack : ndarray
-        Bool ``(n_texts,)``.
-    groups : sequence of (source, kind)
-        One for each text.
-    texts : ndarray
-        The texts to use.
-    benign_moments : dict
-        Moments of the benign windows of every group among ``texts``; they do not change between
-        folds and rounds, so they are made once.
+    peaks, means : ndarray
+        ``(n_windows,)``, text by text.
+    lengths : ndarray
+        Windows of every text, ``(n_texts,)``.
     """
+    largest = np.empty(len(lengths))
+    end = 0
+    for t, length in enumerate(lengths):
+        start, end = end, end + length
+        size = min(frame, length)
+        largest[t] = (
+            sliding_window_view(peaks[start:end], size).max(axis=1)
+            + sliding_window_view(means[start:end], size).mean(axis=1)
+        ).max()
+    return largest
+
+
+def benign_moments(
+    windows: Windows, attack: Bools, groups: Sequence[tuple[str, str]], texts: Ints
+) -> dict[tuple[str, str], Moments]:
+    """Moments of the benign windows of every (source, kind) among some texts."""
+    own: dict[tuple[str, str], list[int]] = {}
+    for t in texts:
+        if not attack[t]:
+            own.setdefault(groups[t], []).append(int(t))
+    return {g: Moments.of(windows.x[windows.rows(np.array(ts))]) for g, ts in own.items()}
+
+
+def fit_scorer(
+    scales: Sequence[Windows],
+    attack: Bools,
+    groups: Sequence[tuple[str, str]],
+    texts: Ints,
+    options: FitOptions,
+    moments: Sequence[dict[tuple[str, str], Moments]],
+) -> Scorer:
+    """Fit both models on some texts and put them together.
+
+    Parameters
+    ----------
+    scales : sequence of Windows
+        Windows and frames.
+    moments : sequence of dict
+        Of each scale, `benign_moments` of every group among ``texts``.
+    """
+    sizes = (options.n_components - 1, 1)
+    window, frame = (
+        _fit(scale, attack, groups, texts, replace(options, n_components=n), own)
+        for scale, n, own in zip(scales, sizes, moments, strict=True)
+    )
+    shift = float((frame.weights @ frame.components) @ (window.mean - frame.mean))
+    return Scorer(
+        mean=window.mean,
+        components=np.concatenate([window.components, frame.components]),
+        window_weights=0.5 * np.append(window.weights, 0.0),
+        frame_weights=0.5 * np.append(np.zeros(sizes[0]), frame.weights),
+        bias=0.5 * (window.bias + frame.bias + shift),
+        frame=options.frame,
+    )
+
+
+def _fit(
+    windows: Windows,
+    attack: Bools,
+    groups: Sequence[tuple[str, str]],
+    texts: Ints,
+    options: FitOptions,
+    moments: dict[tuple[str, str], Moments],
+) -> _Directions:
+    """Fit one model on some texts."""
     benign, attacks = texts[~attack[texts]], texts[attack[texts]]
-    moments = [benign_moments[g] for g in sorted({groups[t] for t in benign})]
-    mean = np.mean([m.mean for m in moments], axis=0)
-    benign_covariance = np.mean([m.covariance for m in moments], axis=0)
+    own = [moments[g] for g in sorted({groups[t] for t in benign})]
+    mean = np.mean([m.mean for m in own], axis=0)
+    benign_covariance = np.mean([m.covariance for m in own], axis=0)
     scale = np.sqrt(np.diag(benign_covariance)) + 1e-6
 
     positives = [np.arange(windows.starts[t], windows.starts[t + 1]) for t in attacks]
     negatives = _spread(windows, benign, options.windows_per_text)
     negative_weights = _weights([groups[t] for t, rows in negatives for _ in rows])
     negative_rows = np.concatenate([rows for _, rows in negatives])
-    fitted: Directions | None = None
+    fitted: _Directions | None = None
     for _ in range(options.rounds):
         whiten = _whitener(windows, positives, attacks, groups, benign_covariance, scale, options)
         vectors, values = _singular_vectors(windows, positives, attacks, groups, mean, whiten)
-        features = Directions(mean, vectors * values[:, None] @ whiten, np.zeros(len(values)), 0.0)
+        features = vectors * values[:, None] @ whiten
         rows = np.concatenate([*positives, negative_rows])
         labels = np.arange(len(rows)) < len(rows) - len(negative_rows)
         owners = [groups[t] for t, own in zip(attacks, positives, strict=True) for _ in own]
         weights = np.concatenate([_weights(owners), negative_weights])
         weights *= np.where(labels, 0.5 / weights[labels].sum(), 0.5 / weights[~labels].sum())
         model = LogisticRegression(C=1 / options.ridge, tol=1e-5, max_iter=1000)
-        model.fit(features.project(windows.x[rows]), labels, sample_weight=weights)
+        model.fit(project(mean, features, windows.x[rows]), labels, sample_weight=weights)
         components, along = _fold(vectors, model.coef_[0] * values, options.n_components)
-        fitted = Directions(mean, components @ whiten, along, float(model.intercept_[0])).oriented()
+        bias = float(model.intercept_[0])
+        fitted = _Directions(mean, components @ whiten, along, bias).oriented()
         positives = [_best(windows, t, fitted, 1) for t in attacks]
         if options.hard_windows:
             hard = [(t, _best(windows, t, fitted, options.hard_windows)) for t in benign]
@@ -195,7 +306,7 @@ def _spread(windows: Windows, texts: Ints, most: int) -> list[tuple[int, Ints]]:
     return chosen
 
 
-def _best(windows: Windows, text: int, scorer: Directions, n: int) -> Ints:
+def _best(windows: Windows, text: int, scorer: _Directions, n: int) -> Ints:
     """The ``n`` windows of a text that score highest."""
     rows = np.arange(windows.starts[text], windows.starts[text + 1])
     scores = scorer.logits(windows.x[rows])

@@ -5,7 +5,9 @@
 //! | `mean` | `[n_sites · hidden_size]` | μ |
 //! | `components` | `[n_components, n_sites · hidden_size]` | C, whitening folded in |
 //! | `cdf_knots`, `cdf_values` | `[n_components, n_knots]` | distribution of each windowed projection in benign text |
-//! | `direction_weights`, `direction_bias` | `[n_directions, n_components]`, `[n_directions]` | logistic models on windowed projections |
+//! | `direction_weights` | `[n_directions, n_components]` | logistic models on windowed projections; the largest window of a frame counts |
+//! | `frame_weights` | `[n_directions, n_components]` | the same on the mean over a frame's windows, added |
+//! | `direction_bias` | `[n_directions]` | their constants |
 //! | `null_knots`, `null_values` | `[n_origins, n_length_classes, n_knots]` | −log₁₀ share of benign texts whose statistic is at least the knot |
 //! | `novelty_knots`, `novelty_values` | `[n_length_classes, n_knots]` | the same for novelty |
 //!
@@ -27,7 +29,7 @@ use crate::{
 /// Largest codebook file that is read, in bytes. The shipped one has about 100 kB.
 pub const MAX_BYTES: u64 = 64 << 20;
 
-const FORMAT_VERSION: &str = "1";
+const FORMAT_VERSION: &str = "2";
 const MAX_COMPONENTS: usize = 1024;
 const MAX_DIRECTIONS: usize = 256;
 const MAX_KNOTS: usize = 1024;
@@ -99,6 +101,8 @@ pub struct Codebook {
     pub window: usize,
     /// Tokens between the starts of windows.
     pub stride: usize,
+    /// Consecutive windows that are judged together.
+    pub frame: usize,
     /// Most tokens read in one piece; longer texts are read in overlapping segments.
     pub segment_tokens: usize,
     /// Tokens that neighbouring segments share.
@@ -115,6 +119,7 @@ pub struct Codebook {
     components: Vec<Vec<f32>>,
     n_components: usize,
     direction_weights: Vec<f32>,
+    frame_weights: Vec<f32>,
     direction_bias: Vec<f32>,
     cdfs: Vec<MonotoneSpline>,
     nulls: Vec<MonotoneSpline>,
@@ -144,8 +149,8 @@ impl Codebook {
 
     /// Checks the bytes of a codebook file.
     ///
-    /// Metadata: `format_version` (1), `detector`, `weights_sha256`, `tokenizer_sha256`,
-    /// `config_sha256`, `sites` (comma-separated), `hidden_size`, `window`, `stride`,
+    /// Metadata: `format_version` (2), `detector`, `weights_sha256`, `tokenizer_sha256`,
+    /// `config_sha256`, `sites` (comma-separated), `hidden_size`, `window`, `stride`, `frame`,
     /// `segment_tokens`, `segment_overlap`, `length_classes` (JSON list), `origins` (JSON list
     /// of `"user"`, `"document"` and `null`), `directions` (JSON list of [`DirectionInfo`]). Further entries are kept and not interpreted.
     ///
@@ -175,6 +180,7 @@ impl Codebook {
         let hidden_size = metadata.number("hidden_size", 1, 1 << 16)?;
         let window = metadata.number("window", 1, 4096)?;
         let stride = metadata.number("stride", 1, window)?;
+        let frame = metadata.number("frame", 1, 4096)?;
         let segment_tokens = metadata.number("segment_tokens", window, MAX_TOKENS)?;
         let segment_overlap = metadata.number("segment_overlap", 0, segment_tokens - 1)?;
         let length_classes: Vec<usize> = metadata.json("length_classes")?;
@@ -202,6 +208,7 @@ impl Codebook {
             n_components,
             direction_weights: tensors
                 .read("direction_weights", &[directions.len(), n_components])?,
+            frame_weights: tensors.read("frame_weights", &[directions.len(), n_components])?,
             direction_bias: tensors.read("direction_bias", &[directions.len()])?,
             cdfs: tensors.cdfs("cdf", &cdf_shape)?,
             nulls: tensors.nulls("null", &null_shape)?,
@@ -210,6 +217,7 @@ impl Codebook {
             hidden_size,
             window,
             stride,
+            frame,
             segment_tokens,
             segment_overlap,
             length_classes,
@@ -251,11 +259,16 @@ impl Codebook {
         (&self.mean[site * hidden..(site + 1) * hidden], &self.components[site])
     }
 
-    /// Log-odds of direction `d` for windowed projections `z`, `[n_components]`.
-    pub fn logit(&self, d: usize, z: &[f32]) -> f64 {
-        let weights = &self.direction_weights[d * self.n_components..(d + 1) * self.n_components];
-        let sum: f64 = weights.iter().zip(z).map(|(w, z)| f64::from(*w) * f64::from(*z)).sum();
-        sum + f64::from(self.direction_bias[d])
+    /// What windowed projections `z`, `[n_components]`, add to the log-odds of direction `d`: as the
+    /// largest of their frame, and as one of those whose mean counts.
+    pub fn terms(&self, d: usize, z: &[f32]) -> (f64, f64) {
+        let row = d * self.n_components..(d + 1) * self.n_components;
+        (dot(&self.direction_weights[row.clone()], z), dot(&self.frame_weights[row], z))
+    }
+
+    /// Constant of the log-odds of direction `d`.
+    pub fn bias(&self, d: usize) -> f64 {
+        f64::from(self.direction_bias[d])
     }
 
     /// Share of benign windows whose projection on component `k` is below `z`.
@@ -284,6 +297,10 @@ impl Codebook {
     pub fn novelty_null(&self, class: usize) -> &MonotoneSpline {
         &self.novelty[class]
     }
+}
+
+fn dot(weights: &[f32], z: &[f32]) -> f64 {
+    weights.iter().zip(z).map(|(w, z)| f64::from(*w) * f64::from(*z)).sum()
 }
 
 /// Checks the lists of the metadata against each other.

@@ -17,7 +17,7 @@ use crate::{
     normalize::{self, HiddenText, View, ViewKind},
     project::Projector,
     reader::{Reader, ReaderOptions, passes, segments},
-    score::{self, WindowScore},
+    score::{self, FrameScore},
     stream::Segment,
     tokenize::{Encoding, Tokenizer},
 };
@@ -218,9 +218,9 @@ impl Firewall {
     /// Reads all pieces that have not been read yet, in shared passes.
     pub(crate) fn read(&self, cases: &mut [Case<'_>]) -> Result<()> {
         let unread = |(c, case): (usize, &Case<'_>)| {
-            let windows = case.pieces.iter().map(|piece| &piece.windows).enumerate();
-            windows
-                .filter(|(_, windows)| windows.is_empty())
+            let frames = case.pieces.iter().map(|piece| &piece.frames).enumerate();
+            frames
+                .filter(|(_, frames)| frames.is_empty())
                 .map(|(p, _)| (c, p))
                 .collect::<Vec<_>>()
         };
@@ -231,14 +231,14 @@ impl Firewall {
         Ok(())
     }
 
-    /// Runs the engine over some pieces and scores their windows.
+    /// Runs the engine over some pieces and scores their frames.
     fn pass(&self, cases: &mut [Case<'_>], pieces: &[(usize, usize)]) -> Result<()> {
         let input_ids: Vec<_> = pieces.iter().map(|&(c, p)| cases[c].input_ids(p)).collect();
         let seq_lens: Vec<_> = input_ids.iter().map(|ids| ids.len()).collect();
         let mut projector = Projector::new(&self.codebook, &seq_lens);
         self.reader.read(&input_ids, &mut projector)?;
         for (&(c, p), projections) in pieces.iter().zip(&projector.sequences) {
-            cases[c].pieces[p].windows = score::windows(&self.codebook, projections)?;
+            cases[c].pieces[p].frames = score::frames(&self.codebook, projections)?;
         }
         Ok(())
     }
@@ -249,8 +249,8 @@ impl Firewall {
         let mut worst = Judgement::ordinary();
         for piece in &case.pieces {
             let pieces = case.views[piece.view].pieces;
-            for window in &piece.windows {
-                worst = worst.min(judge(window, reading, pieces));
+            for frame in &piece.frames {
+                worst = worst.min(judge(frame, reading, pieces));
             }
         }
         if case.hidden_text.is_some() {
@@ -296,15 +296,15 @@ impl Firewall {
         }
         for piece in &case.pieces {
             let Reading { view, encoding, pieces } = &case.views[piece.view];
-            for window in &piece.windows {
-                let judged = judge(window, reading, *pieces);
+            for frame in &piece.frames {
+                let judged = judge(frame, reading, *pieces);
                 let score = alarm::score(judged.p_value);
                 if self.thresholds.level(score) == AlarmLevel::Clear {
                     continue;
                 }
-                let signal = self.name_signals(window, reading, judged, &mut signals);
-                let first = encoding.offsets[piece.tokens.start + window.tokens.start].0;
-                let last = encoding.offsets[piece.tokens.start + window.tokens.end - 1].1;
+                let signal = self.name_signals(frame, reading, judged, &mut signals);
+                let first = encoding.offsets[piece.tokens.start + frame.tokens.start].0;
+                let last = encoding.offsets[piece.tokens.start + frame.tokens.end - 1].1;
                 let bytes = whole_words(case.input.text, view.to_original(first..last));
                 spans.push(Span { bytes, score, signal });
             }
@@ -313,12 +313,12 @@ impl Firewall {
         (signals, merge(spans))
     }
 
-    /// Adds the behaviours of an alarming window and returns the name of the most probable one.
+    /// Adds the behaviours of an alarming frame and returns the name of the most probable one.
     ///
     /// A scored direction gives its name where no behaviour that explains it is probable.
     fn name_signals(
         &self,
-        window: &WindowScore,
+        frame: &FrameScore,
         reading: usize,
         judged: Judgement,
         signals: &mut Vec<Signal>,
@@ -328,7 +328,7 @@ impl Firewall {
             return "novelty".to_owned();
         }
         let origin = self.codebook.origins[reading];
-        let read = self.codebook.directions.iter().zip(&window.logits);
+        let read = self.codebook.directions.iter().zip(&frame.logits);
         let read = read.filter(|(direction, _)| direction.is_read(origin));
         let probable =
             |&(direction, &logit): &(&DirectionInfo, &f64)| direction.scored || logit > 0.0;
@@ -344,10 +344,10 @@ impl Firewall {
     }
 }
 
-/// p-values of a text if this window were its worst, `pieces` windows' maxima having been looked at.
-fn judge(window: &WindowScore, reading: usize, pieces: usize) -> Judgement {
-    let attack = score::corrected_p(window.attack[reading], pieces);
-    let novelty = score::corrected_p(window.novelty, pieces);
+/// p-values of a text if this frame were its worst, `pieces` frames' maxima having been looked at.
+fn judge(frame: &FrameScore, reading: usize, pieces: usize) -> Judgement {
+    let attack = score::corrected_p(frame.attack[reading], pieces);
+    let novelty = score::corrected_p(frame.novelty, pieces);
     let by_attack = attack / (1.0 - NOVELTY_SHARE);
     let by_novelty = (novelty / NOVELTY_SHARE).max(NOVELTY_FLOOR);
     Judgement {
@@ -401,7 +401,7 @@ struct Reading {
 struct Piece {
     view: usize,
     tokens: Range<usize>,
-    windows: Vec<WindowScore>,
+    frames: Vec<FrameScore>,
 }
 
 impl<'a> Case<'a> {
@@ -426,7 +426,7 @@ impl<'a> Case<'a> {
         self.pieces.extend(ranges.into_iter().map(|tokens| Piece {
             view: index,
             tokens,
-            windows: Vec::new(),
+            frames: Vec::new(),
         }));
     }
 
@@ -446,7 +446,7 @@ impl<'a> Case<'a> {
         let encoding = Encoding { input_ids: Vec::new(), offsets };
         let view = self.views.len();
         self.views.push(Reading { view: View::raw(self.input.text), encoding, pieces });
-        self.pieces.push(Piece { view, tokens, windows: segment.windows.clone() });
+        self.pieces.push(Piece { view, tokens, frames: segment.frames.clone() });
     }
 
     /// Tokens of the raw view, as far as they are to be read; `None` for a blank text.
@@ -459,7 +459,7 @@ impl<'a> Case<'a> {
     pub(crate) fn adopt(&mut self, segments: Vec<Segment>) {
         for (piece, segment) in self.pieces.iter_mut().zip(segments) {
             debug_assert_eq!((piece.view, &piece.tokens), (0, &segment.tokens));
-            piece.windows = segment.windows;
+            piece.frames = segment.frames;
         }
     }
 

@@ -1,8 +1,9 @@
 //! Projection of activations onto the components, as the engine makes them.
 //!
-//! `z_t = Σ_s C_s (h_{t,s} − μ_s)`, with `h_{t,s}`, `μ_s`: `(hidden_size,)` and
-//! `C_s`: `(n_components, hidden_size)`, the part of the components that reads site `s`. Whitening is
-//! folded into `C` when a codebook is compiled.
+//! `z_t = Σ_s C_s (ĥ_{t,s} − μ_s)`, with `ĥ_{t,s}`, `μ_s`: `(hidden_size,)` and
+//! `C_s`: `(n_components, hidden_size)`, the part of the components that reads site `s`. `ĥ` is the
+//! activation `h` at root mean square 1, so that no token of a window outweighs the others. Whitening
+//! is folded into `C` when a codebook is compiled.
 
 use crate::{
     codebook::Codebook,
@@ -40,8 +41,9 @@ impl Sink for Projector<'_> {
         let k = self.codebook.n_components();
         let to = &mut self.sequences[sequence][first * k..];
         for (row, z) in rows.chunks_exact(hidden).zip(to.chunks_exact_mut(k)) {
+            let scale = inverse_rms(row);
             for ((c, h), m) in self.centred.iter_mut().zip(row).zip(mean) {
-                *c = h - m;
+                *c = h * scale - m;
             }
             for (z, component) in z.iter_mut().zip(components.chunks_exact(hidden)) {
                 *z += dot(&self.centred, component);
@@ -54,6 +56,13 @@ impl Sink for Projector<'_> {
         }
         Ok(())
     }
+}
+
+/// What brings a row of activations to a root mean square of 1.
+pub(crate) fn inverse_rms(row: &[f32]) -> f32 {
+    // Of a row of zeros nothing is made.
+    const EPSILON: f32 = 1e-6;
+    (dot(row, row) / row.len() as f32 + EPSILON).sqrt().recip()
 }
 
 /// Inner product in a fixed order of summation: sixteen lanes, then their sum.

@@ -13,6 +13,7 @@ use crate::{
         Backend, KvCache, LlamaConfig, Sequence, Sink, Site, TokenId, candle::CandleBackend,
         native::NativeBackend, weights::Weights,
     },
+    project::inverse_rms,
     tokenize::Tokenizer,
     window,
 };
@@ -165,8 +166,9 @@ impl Reader {
         Ok(capture.sequences.remove(0))
     }
 
-    /// Mean activations of every window of several texts, for calibration: per text,
-    /// `[n_windows, n_sites · hidden_size]`, the windows of its segments one after the other.
+    /// Mean activations, each token's at root mean square 1 per site, of every window of several texts,
+    /// for calibration: per text, `[n_windows, n_sites · hidden_size]`, the windows of its segments one
+    /// after the other.
     ///
     /// # Errors
     /// As [`Backend::forward`].
@@ -187,7 +189,11 @@ impl Reader {
             let seq_lens: Vec<_> = ids.iter().map(|ids| ids.len()).collect();
             let mut capture = Capture::new(&seq_lens, n_sites, hidden);
             self.read(&ids, &mut capture)?;
-            for ((t, _), activations) in pass.iter().zip(&capture.sequences) {
+            for ((t, _), activations) in pass.iter().zip(&mut capture.sequences) {
+                for row in activations.data.chunks_exact_mut(hidden) {
+                    let scale = inverse_rms(row);
+                    row.iter_mut().for_each(|h| *h *= scale);
+                }
                 for range in window::ranges(activations.seq_len, layout.window, layout.stride) {
                     let start = means[*t].len();
                     means[*t].resize(start + width, 0.0);

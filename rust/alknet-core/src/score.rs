@@ -1,8 +1,11 @@
 //! Score: windowed projections of one piece of text to p-values, through the directions and splines.
 //!
-//! Per origin, a window's statistic is its largest log-odds over its scored directions, and the
-//! piece's statistic is its largest window; the benign null of that maximum, for the length class,
-//! turns it into `x = −log₁₀ p`. Novelty is the same with the mean tail depth of the components,
+//! Windows are judged in frames of a few consecutive ones. The log-odds of a direction in a frame are
+//! a term of its largest window, a term of the mean of its windows, and a constant: an order of few
+//! words shows in the first, a longer one in the second. Per origin, a frame's statistic is its
+//! largest log-odds over its scored directions, and the piece's statistic is its largest frame; the
+//! benign null of that maximum, for the length class, turns it into `x = −log₁₀ p`. Novelty is the
+//! same with the mean tail depth of the components in the deepest window,
 //! `1/K Σ_k −ln(2 min(u_k, 1 − u_k))`, `u_k` from the component's benign distribution.
 
 use std::ops::Range;
@@ -16,12 +19,12 @@ use crate::{
 /// Largest `−log₁₀ p` that is reported: the tails are extrapolated, and nothing is known out there.
 const MAX_X: f64 = 12.0;
 
-/// What one window says.
+/// What one frame says.
 #[derive(Debug, Clone)]
-pub struct WindowScore {
+pub struct FrameScore {
     /// Tokens of the piece that it covers.
     pub tokens: Range<usize>,
-    /// `−log₁₀ p` per origin of the codebook, as if this window were the piece's largest.
+    /// `−log₁₀ p` per origin of the codebook, as if this frame were the piece's largest.
     pub attack: Vec<f64>,
     /// Log-odds of every direction.
     pub logits: Vec<f64>,
@@ -29,51 +32,76 @@ pub struct WindowScore {
     pub novelty: f64,
 }
 
-/// Scores every window of one piece.
+/// What one window adds to its frames.
+struct Window {
+    tokens: Range<usize>,
+    /// Per direction, see [`Codebook::terms`].
+    terms: Vec<(f64, f64)>,
+    depth: f64,
+}
+
+/// Scores every frame of one piece; a piece of fewer windows than a frame has is one frame.
 ///
 /// # Shapes
 /// - `projections`: `[n_tokens, n_components]`
 ///
 /// # Errors
 /// [`Error::Inference`] when any number is not finite: such a piece has no verdict.
-pub fn windows(codebook: &Codebook, projections: &[f32]) -> Result<Vec<WindowScore>> {
+pub fn frames(codebook: &Codebook, projections: &[f32]) -> Result<Vec<FrameScore>> {
     let k = codebook.n_components();
     let n_tokens = projections.len() / k;
     let class = codebook.length_class(n_tokens);
     let mut z = vec![0.0; k];
-    window::ranges(n_tokens, codebook.window, codebook.stride)
+    let windows: Vec<Window> = window::ranges(n_tokens, codebook.window, codebook.stride)
         .map(|tokens| {
             window::mean(projections, k, tokens.clone(), &mut z);
-            score(codebook, class, tokens, &z)
+            read(codebook, tokens, &z)
         })
-        .collect()
+        .collect();
+    let len = codebook.frame.min(windows.len()).max(1);
+    windows.windows(len).map(|windows| score(codebook, class, windows)).collect()
 }
 
-/// Scores one window from its mean projections `z`, `[n_components]`.
-fn score(
-    codebook: &Codebook,
-    class: usize,
-    tokens: Range<usize>,
-    z: &[f32],
-) -> Result<WindowScore> {
-    let logits: Vec<f64> = (0..codebook.directions.len()).map(|d| codebook.logit(d, z)).collect();
+/// Reads one window from its mean projections `z`, `[n_components]`.
+fn read(codebook: &Codebook, tokens: Range<usize>, z: &[f32]) -> Window {
     let depth: f64 = z.iter().enumerate().map(|(k, &z)| tail_depth(codebook.cdf(k, z))).sum();
-    let depth = depth / z.len() as f64;
+    Window {
+        tokens,
+        terms: (0..codebook.directions.len()).map(|d| codebook.terms(d, z)).collect(),
+        depth: depth / z.len() as f64,
+    }
+}
+
+/// Scores a frame, of one window at least.
+fn score(codebook: &Codebook, class: usize, windows: &[Window]) -> Result<FrameScore> {
+    let logit = |d: usize| {
+        let terms = windows.iter().map(|window| window.terms[d]);
+        let largest = largest(terms.clone().map(|(peak, _)| peak));
+        let mean = terms.map(|(_, mean)| mean).sum::<f64>() / windows.len() as f64;
+        largest + mean + codebook.bias(d)
+    };
+    let logits: Vec<f64> = (0..codebook.directions.len()).map(logit).collect();
+    let depth = largest(windows.iter().map(|window| window.depth));
     if !depth.is_finite() || !logits.iter().all(|l| l.is_finite()) {
         return Err(Error::Inference("the score is not finite: the text was not screened".into()));
     }
     let attack = |(o, origin)| {
         let scored = codebook.directions.iter().zip(&logits);
         let own = scored.filter(|(d, _)| d.scored && d.is_read(origin));
-        let statistic = own.map(|(_, &logit)| logit).fold(f64::NEG_INFINITY, f64::max);
+        let statistic = largest(own.map(|(_, &logit)| logit));
         codebook.null(o, class).eval_linear_above(statistic).clamp(0.0, MAX_X)
     };
-    Ok(WindowScore {
-        tokens,
+    Ok(FrameScore {
+        tokens: windows[0].tokens.start..windows[windows.len() - 1].tokens.end,
         attack: codebook.origins.iter().copied().enumerate().map(attack).collect(),
         novelty: codebook.novelty_null(class).eval_linear_above(depth).clamp(0.0, MAX_X),
         logits,
     })
+}
+
+/// The largest of some numbers; NaN if one of them is.
+fn largest(numbers: impl Iterator<Item = f64>) -> f64 {
+    numbers.fold(f64::NEG_INFINITY, |a, b| if a.is_nan() || b <= a { a } else { b })
 }
 
 /// How far into a tail of its distribution a value lies: 0 at the median, unbounded outwards.

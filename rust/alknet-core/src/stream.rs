@@ -12,7 +12,7 @@
 //!
 //! **What it costs.** Every piece of work goes with tokens or bytes that are new, or is bounded by a
 //! segment: time is linear in the text, however it is cut. Kept are the text, the tokens' offsets and
-//! the windows' scores, but activations and keys of one segment only.
+//! the frames' scores, but activations and keys of one segment only.
 //!
 //! **What it means.** The alarm of [`Stream::feed`] is provisional: the worst so far, each part judged as
 //! if nothing followed. So its level never goes down, and it may be an alarm that the whole text does not
@@ -29,7 +29,7 @@ use crate::{
     firewall::{Case, Firewall, Input},
     model::{KvCache, TokenId},
     project::Projector,
-    score::{self, WindowScore},
+    score::{self, FrameScore},
     tokenize::Encoding,
 };
 
@@ -63,10 +63,10 @@ pub struct Stream {
     worst: Option<Alarm>,
 }
 
-/// The tokens of a segment that have been read so far, their projections and windows.
+/// The tokens of a segment that have been read so far, their projections and frames.
 pub(crate) struct Segment {
     pub(crate) tokens: Range<usize>,
-    pub(crate) windows: Vec<WindowScore>,
+    pub(crate) frames: Vec<FrameScore>,
     /// `[tokens.len(), n_components]`; empty once the next segment has begun.
     projections: Vec<f32>,
 }
@@ -244,7 +244,7 @@ impl Stream {
         });
         self.segments.push(Segment {
             tokens: start..start,
-            windows: Vec::new(),
+            frames: Vec::new(),
             projections: Vec::new(),
         });
         self.cache = self.firewall.reader().start();
@@ -259,7 +259,7 @@ impl Stream {
         let mut projector = Projector::new(codebook, &[input_ids.len()]);
         self.firewall.reader().extend(&mut self.cache, input_ids, &mut projector)?;
         segment.projections.append(&mut projector.sequences[0]);
-        segment.windows = score::windows(codebook, &segment.projections)?;
+        segment.frames = score::frames(codebook, &segment.projections)?;
         segment.tokens.end = end;
         Ok(())
     }

@@ -10,7 +10,7 @@ use alknet_core::{
     codebook::{Fingerprint, MAX_BYTES},
     score,
 };
-use codebook_file::{CodebookFile, N_COMPONENTS, SEGMENT_TOKENS, Tensor, WINDOW};
+use codebook_file::{CodebookFile, GAIN, N_COMPONENTS, SEGMENT_TOKENS, Tensor, WINDOW};
 use proptest::prelude::*;
 
 /// Why a file is refused, which must be as a codebook.
@@ -50,10 +50,10 @@ fn set_tensor(name: &str, tensor: Tensor) -> String {
 fn assert_usable(codebook: &Codebook) {
     for level in [0.0, 1.0, -1e3, 1e30] {
         let projections = vec![level; 40 * codebook.n_components()];
-        let Ok(windows) = score::windows(codebook, &projections) else { continue };
-        for window in windows {
-            assert!(window.attack.iter().all(|x| (0.0..=12.0).contains(x)), "{window:?}");
-            assert!((0.0..=12.0).contains(&window.novelty), "{window:?}");
+        let Ok(frames) = score::frames(codebook, &projections) else { continue };
+        for frame in frames {
+            assert!(frame.attack.iter().all(|x| (0.0..=12.0).contains(x)), "{frame:?}");
+            assert!((0.0..=12.0).contains(&frame.novelty), "{frame:?}");
         }
     }
 }
@@ -65,9 +65,9 @@ fn a_valid_file_is_read_as_it_was_written() {
     assert_eq!(codebook.n_components(), N_COMPONENTS);
     assert_eq!((codebook.window, codebook.segment_tokens), (WINDOW, SEGMENT_TOKENS));
     assert_eq!(codebook.origins, [Some(Origin::User), Some(Origin::Document), None]);
-    assert_eq!(codebook.site(0).1[..4], [1.0, 0.0, 0.0, 0.0]);
-    assert_eq!(codebook.site(1).1[..4], [0.5, 0.0, 0.0, 0.0]);
-    assert_eq!(codebook.logit(1, &[7.0, 2.0, 5.0]), 2.0);
+    assert_eq!(codebook.site(0).1[..4], [GAIN, 0.0, 0.0, 0.0]);
+    assert_eq!(codebook.site(1).1[..4], [0.5 * GAIN, 0.0, 0.0, 0.0]);
+    assert_eq!(codebook.terms(1, &[7.0, 2.0, 5.0]), (2.0, 0.0));
     assert_eq!(codebook.cdf(0, 0.0), 0.5);
     assert_eq!([1, 8, 9, 17, 1000].map(|n| codebook.length_class(n)), [0, 0, 1, 1, 1]);
     assert_usable(&codebook);
@@ -250,10 +250,11 @@ fn every_metadata_entry_is_needed() {
 #[test]
 fn metadata_out_of_range_are_refused() {
     let cases = [
-        ("format_version", vec!["2", "", "1 "]),
+        ("format_version", vec!["1", "", "2 "]),
         ("hidden_size", vec!["0", "-4", "4.0", "", "5"]),
         ("window", vec!["0", "4097", "four"]),
         ("stride", vec!["0", "5"]),
+        ("frame", vec!["0", "4097", "-1"]),
         ("segment_tokens", vec!["3", "1048577"]),
         ("segment_overlap", vec!["16", "-1"]),
         ("sites", vec!["", "1.resid_post", "1.resid_post,3", "1.resid_post,x.mlp_out", "1.a,2.b"]),

@@ -31,6 +31,8 @@ pub(crate) const HIDDEN_SIZE: usize = 4;
 pub(crate) const N_SITES: usize = 2;
 pub(crate) const N_COMPONENTS: usize = 3;
 pub(crate) const WINDOW: usize = 4;
+/// What an activation at root mean square 1 is multiplied by.
+pub(crate) const GAIN: f32 = 1000.0;
 pub(crate) const SEGMENT_TOKENS: usize = 16;
 
 /// A null that rises by 0.5 per unit of the statistic from 0 on: a statistic of 4 is p = 0.01.
@@ -42,15 +44,15 @@ const NOVELTY_KNOTS: [f32; 3] = [0.0, 100.0, 600.0];
 const NOVELTY_VALUES: [f32; 3] = [0.0, 0.01, 4.0];
 
 impl CodebookFile {
-    /// Two sites of width 4. Component `k` is entry `k` of the first site plus half of that of the
-    /// second; the directions are component 0 (`attack`, user), 1 (`embedded_instruction`, document)
+    /// Two sites of width 4. Component `k` is entry `k` of the first site, [`GAIN`] times, plus half of
+    /// that of the second; the directions are component 0 (`attack`, user), 1 (`embedded_instruction`, document)
     /// and 2 (`jailbreak`, user, not scored).
     pub(crate) fn valid() -> Self {
         let columns = N_SITES * HIDDEN_SIZE;
         let mut components = vec![0.0; N_COMPONENTS * columns];
         for k in 0..N_COMPONENTS {
-            components[k * columns + k] = 1.0;
-            components[k * columns + HIDDEN_SIZE + k] = 0.5;
+            components[k * columns + k] = GAIN;
+            components[k * columns + HIDDEN_SIZE + k] = 0.5 * GAIN;
         }
         let identity = |k: usize| (0..N_COMPONENTS).map(move |j| f32::from(u8::from(j == k)));
         let weights: Vec<f32> = (0..3).flat_map(identity).collect();
@@ -62,6 +64,7 @@ impl CodebookFile {
             ("cdf_knots", Tensor::f32(&[N_COMPONENTS, 3], &[-1.0, 0.0, 1.0].repeat(N_COMPONENTS))),
             ("cdf_values", Tensor::f32(&[N_COMPONENTS, 3], &[0.1, 0.5, 0.9].repeat(N_COMPONENTS))),
             ("direction_weights", Tensor::f32(&[3, N_COMPONENTS], &weights)),
+            ("frame_weights", Tensor::f32(&[3, N_COMPONENTS], &[0.0; 3 * N_COMPONENTS])),
             ("direction_bias", Tensor::f32(&[3], &[0.0; 3])),
             ("null_knots", Tensor::f32(&[3, classes, 3], &nulls(3 * classes, &NULL_KNOTS))),
             ("null_values", Tensor::f32(&[3, classes, 3], &nulls(3 * classes, &NULL_VALUES))),
@@ -74,7 +77,7 @@ impl CodebookFile {
             {"name": "jailbreak", "origin": "user", "scored": false},
         ]);
         let metadata = [
-            ("format_version", "1".to_owned()),
+            ("format_version", "2".to_owned()),
             ("detector", "synthetic".to_owned()),
             ("weights_sha256", "a".repeat(64)),
             ("tokenizer_sha256", "b".repeat(64)),
@@ -83,6 +86,7 @@ impl CodebookFile {
             ("hidden_size", HIDDEN_SIZE.to_string()),
             ("window", WINDOW.to_string()),
             ("stride", "2".to_owned()),
+            ("frame", "1".to_owned()),
             ("segment_tokens", SEGMENT_TOKENS.to_string()),
             ("segment_overlap", "4".to_owned()),
             ("length_classes", "[8, 16]".to_owned()),

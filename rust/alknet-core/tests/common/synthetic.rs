@@ -13,11 +13,15 @@ use alknet_core::{
 /// Rows of a sequence that are handed over at once, so that sinks see several runs.
 const RUN: usize = 3;
 
+/// Root mean square of every row, far above what any token's loudness is.
+pub(crate) const RMS: f32 = 1000.0;
+
 /// How loud a token is, per component of `CodebookFile::valid`.
 pub(crate) type Loudness = fn(TokenId) -> [f32; 3];
 
 /// Component `k` of token `t` at the first site is `loudness(id_t)[k]` plus a trace, below 0.01, of
-/// all ids up to `t`; the second site repeats it, halved by the codebook.
+/// all ids up to `t`; the second site repeats it, halved by the codebook. The last entry brings every
+/// row to a root mean square of [`RMS`].
 pub(crate) struct Synthetic {
     pub(crate) sites: Vec<Site>,
     pub(crate) hidden_size: usize,
@@ -41,6 +45,10 @@ impl Synthetic {
         let loudness = read.last().map_or([0.0; 3], |&id| (self.loudness)(id));
         for (x, loud) in row.iter_mut().zip(loudness) {
             *x += loud;
+        }
+        if let Some((last, others)) = row.split_last_mut() {
+            let sum: f32 = others.iter().map(|x| x * x).sum();
+            *last = (self.hidden_size as f32 * RMS * RMS - sum).sqrt();
         }
         row
     }
