@@ -125,6 +125,19 @@ def _parse(line: str, default_source: str, where: str) -> Row | None:
         raise InputError(f"{where}: {error}") from None
 
 
+# Some corpora spell out what others abbreviate.
+_LANGUAGES = {
+    "English": "en",
+    "French": "fr",
+    "German": "de",
+    "Hindi": "hi",
+    "Italian": "it",
+    "Portuguese": "pt",
+    "Spanish": "es",
+    "Thai": "th",
+}
+
+
 def row_from(values: Any, default_source: str) -> Row | None:
     """The row of a JSON object, or None if it is one that is left out.
 
@@ -148,4 +161,5 @@ def row_from(values: Any, default_source: str) -> Row | None:
     if origin not in ("user", "document", None):
         raise InputError("origin must be user or document")
     extras = {name: str(values.get(name) or "") for name in ("family", "lang", "pair")}
+    extras["lang"] = _LANGUAGES.get(extras["lang"], extras["lang"])
     return Row(text, bool(label), kind, source, origin, **extras)

@@ -2,6 +2,10 @@
 
 The statistics come from benign sources that were left out when the directions that gave them were
 fitted, so that a p-value speaks of text from a source never seen. Sources weigh alike.
+
+The last length class is also that of every segment of a long document, which may be about many
+things: the long texts of a corpus mostly stay with one. Half of its weight is therefore that of
+texts joined at random until they are as long.
 """
 
 from __future__ import annotations
@@ -69,10 +73,28 @@ def null_splines(
         reach = 0
         while (near := np.abs(classes - c) <= reach).sum() < min(_ENOUGH, len(classes)):
             reach += 1
-        x, y = null_spline(statistics[near], source_weights(list(names[near])))
+        own, weights = statistics[near], source_weights(list(names[near]))
+        if c == len(LENGTH_CLASSES) - 1:
+            both = joined(statistics, n_tokens, LENGTH_CLASSES[-1])
+            weights = np.concatenate([weights, np.full(len(both), 1 / max(len(both), 1))])
+            own = np.concatenate([own, both])
+        x, y = null_spline(own, weights)
         knots.append(x)
         values.append(y)
     return np.stack(knots), np.stack(values)
+
+
+def joined(statistics: Array, n_tokens: npt.NDArray[np.int64], length: int) -> Array:
+    """Statistics of texts joined at random, the same every time, to ``length`` tokens at least."""
+    order = np.random.default_rng(0).permutation(len(statistics))
+    largest, tokens = [-np.inf], 0
+    for t in order:
+        largest[-1] = max(largest[-1], statistics[t])
+        tokens += n_tokens[t]
+        if tokens >= length:
+            largest.append(-np.inf)
+            tokens = 0
+    return np.array(largest[:-1])
 
 
 def null_spline(statistics: Array, weights: Array) -> tuple[Array, Array]:
