@@ -5,7 +5,7 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
-    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands},
+    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands, fused_exp},
     bytes::byte_matmul,
     dispatch::Kernels,
     isa::Isa,
@@ -144,6 +144,11 @@ impl Arithmetic for Fma {
     fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
         // SAFETY: only this file's `attention` uses this type, on a CPU with AVX2 and FMA.
         unsafe { product::<ADD>(a, b, n, c) }
+    }
+
+    #[inline(always)]
+    fn exp(x: f32) -> f32 {
+        fused_exp(x)
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
-    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands},
+    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands, fused_exp},
     avx2,
     bytes::byte_matmul,
     dispatch::Kernels,
@@ -98,6 +98,11 @@ impl Arithmetic for Fma {
     fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
         // SAFETY: only this file's `attention` uses this type, on a CPU with AVX-512.
         unsafe { fp32_product::<ADD>(a, b, n, c) }
+    }
+
+    #[inline(always)]
+    fn exp(x: f32) -> f32 {
+        fused_exp(x)
     }
 
     #[inline(always)]
