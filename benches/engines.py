@@ -172,9 +172,15 @@ def _load_llama_cpp(setup: Setup) -> Run:
     return run
 
 
-_TORCH_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+# PyTorch's fp32 products are MKL's, its bf16 ones oneDNN's, the rest is its own: each has a switch.
+_TORCH_AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
 _ONEDNN_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-_BF16_AVX2 = "OpenVINO computes in bf16 with AVX-512 only: see its fp32"
+_BF16_AVX2 = "OpenVINO computes in bf16 with AVX-512 only"
+_MLAS_AVX2 = "half of OpenVINO's products in fp32 are MLAS's, which has no switch: it keeps AVX-512"
 _ONNX_AVX2 = "ONNX Runtime chooses its kernels by the CPU and has no switch"
 
 ENGINES: dict[str, Engine] = {
@@ -189,9 +195,7 @@ ENGINES: dict[str, Engine] = {
     "openvino int8 weights": Engine(
         _load_openvino(formats.OPENVINO_WEIGHTS, "bf16"), formats.OPENVINO_WEIGHTS, _ONEDNN_AVX2
     ),
-    "openvino fp32": Engine(
-        _load_openvino(formats.OPENVINO, "f32"), formats.OPENVINO, _ONEDNN_AVX2
-    ),
+    "openvino fp32": Engine(_load_openvino(formats.OPENVINO, "f32"), formats.OPENVINO, _MLAS_AVX2),
     "torch bf16": Engine(_load_torch("bfloat16"), formats.MODEL, _TORCH_AVX2),
     "torch fp32": Engine(_load_torch("float32"), formats.MODEL, _TORCH_AVX2),
     "onnxruntime int8": Engine(_load_onnx(formats.ONNX_INT8), formats.ONNX_INT8, _ONNX_AVX2),

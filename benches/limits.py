@@ -27,7 +27,7 @@ class Work:
     attention: int
 
 
-def measure(root: Path) -> dict[str, float]:
+def measure(root: Path, work: Work) -> dict[str, float]:
     """Rates of this machine, by the names that `limits.rs` gives them.
 
     Raises
@@ -35,7 +35,8 @@ def measure(root: Path) -> dict[str, float]:
     OSError, subprocess.CalledProcessError
         If the measuring program cannot be built or run.
     """
-    run = subprocess.run(_COMMAND.split(), cwd=root, check=True, capture_output=True, text=True)
+    command = [*_COMMAND.split(), "--", str(work.weights)]
+    run = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     rates: dict[str, float] = json.loads(run.stdout)
     return rates
 
@@ -54,8 +55,10 @@ def work_of(config: dict[str, Any], num_layers: int) -> Work:
 def least_ms(rates: dict[str, float], work: Work, tokens: int, isa: str) -> float | None:
     """Milliseconds below which no pass over `tokens` can be; None without a rate for `isa`.
 
-    Weights stream from memory while the arithmetic of the products, in int8, and of attention, in
-    the fastest floating point there is, run one after the other: they use the same units.
+    Weights are read while the arithmetic of the products, in int8, and of attention, in the fastest
+    floating point there is, run one after the other: they use the same units. Passes follow each
+    other here, so that weights may come from a cache: they are read at the rate of as many bytes
+    that are read again and again.
     """
     int8 = _fastest(rates, isa, "int8")
     floating = _fastest(rates, isa, "bf16", "fp32")
@@ -63,7 +66,7 @@ def least_ms(rates: dict[str, float], work: Work, tokens: int, isa: str) -> floa
         return None
     pairs = tokens * (tokens + 1) / 2
     arithmetic = work.weights * tokens / int8 + work.attention * pairs / floating
-    return 1e3 * max(arithmetic, work.weights / rates["stream_bytes_per_s"])
+    return 1e3 * max(arithmetic, work.weights / rates["again_bytes_per_s"])
 
 
 def _fastest(rates: dict[str, float], isa: str, *formats: str) -> float | None:

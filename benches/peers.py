@@ -286,13 +286,13 @@ def share_of_limit(
 ) -> dict[str, Any]:
     """Rates of the machine, least time of our pass at each length, and our share of it."""
     say("measuring the machine's limit")
+    work = limits.work_of(config, formats.num_layers(sites))
     try:
-        rates = limits.measure(ROOT)
+        rates = limits.measure(ROOT, work)
     except subprocess.CalledProcessError as error:
         return {"missing": error.stderr.strip()}
     except OSError as error:
         return {"missing": str(error)}
-    work = limits.work_of(config, formats.num_layers(sites))
     least: dict[str, dict[str, float]] = {}
     share: dict[str, dict[str, float]] = {}
     for entry in result["passes"]:

@@ -16,9 +16,9 @@
 //!
 //! Source: FlashAttention, arXiv 2205.14135.
 
-use std::{cell::RefCell, ops::Range};
+use std::{cell::RefCell, f32::consts::LOG2_E, ops::Range};
 
-use crate::scalar::{LANES, exp};
+use crate::scalar::{LANES, POWER_OF_TWO, ROUNDING, exp, power_of_two};
 
 /// Keys that are read at a time.
 const KEY_BLOCK: usize = 64;
@@ -288,6 +288,8 @@ pub(crate) fn attention<A: Arithmetic>(
         let keys = A::keys(task, start, len, keys);
         let values = A::values(task, start, len, values);
         for queries in blocks.iter_mut().filter(|block| start < task.first + block.tokens.end) {
+            // Nobody in the block sees the keys after its last token.
+            let len = len.min(task.first + queries.tokens.end - start);
             scores.resize(len * queries.n, 0.0);
             queries.add::<A>(&keys, &values, start, scores, score_words);
         }
@@ -295,6 +297,22 @@ pub(crate) fn attention<A: Arithmetic>(
     for queries in blocks {
         queries.finish::<A>(task, out);
     }
+}
+
+/// `eˣ` of numbers up to zero within a part in 100,000; NaN stays NaN.
+///
+/// Fuses multiplications with additions, so that it is for instruction sets that can.
+#[inline(always)]
+pub(crate) fn fused_exp(x: f32) -> f32 {
+    // Not `max`, which would turn NaN into a number.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let shifted = x.mul_add(LOG2_E, ROUNDING);
+    let r = x.mul_add(LOG2_E, ROUNDING - shifted);
+    let [mut p, rest @ ..] = POWER_OF_TWO;
+    for c in rest {
+        p = p.mul_add(r, c);
+    }
+    p * power_of_two(shifted)
 }
 
 fn lanes<T>(numbers: &[T], first: usize) -> &[T; LANES] {

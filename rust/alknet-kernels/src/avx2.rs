@@ -1,20 +1,23 @@
-//! AVX2 and FMA. Bytes are widened to 16 bits, where products of bytes add up exactly in pairs;
-//! the byte instruction (`vpmaddubsw`) would saturate.
+//! AVX2 and FMA. `vpmaddubsw` adds products of bytes up in pairs of 16 bits, where large ones would
+//! saturate: the few inputs that would make them are split off when a row is quantised, and
+//! multiplied apart. That takes half the instructions of widening all bytes to 16 bits.
 
 use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
-    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands},
+    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands, fused_exp},
+    bytes::byte_matmul,
     dispatch::Kernels,
     isa::Isa,
     pack::PackedMatrix,
-    rows::QuantizedRows,
+    rows::{Excess, QuantizedRows},
     scalar::{self, LANES},
 };
 
 pub(crate) static KERNELS: Kernels = Kernels {
     isa: Isa::Avx2,
     rotate_quantize,
+    split: Some(split),
     rms_norm,
     matmul,
     copy_tile: finish_linear::<false>,
@@ -73,109 +76,62 @@ fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
     FP32_SCRATCH.with_borrow_mut(|scratch| attention::attention::<Fma>(task, scratch, out));
 }
 
-/// Most rows of a tile: 6 rows of half a panel use 12 of 16 registers for sums.
-const TILE_ROWS: usize = 6;
-
-/// [`scalar::matmul`] in tiles of up to 6 rows.
+/// Zeroes the second input of every pair whose product with two weights might not fit 16 bits, and
+/// collects those inputs in `excess`; returns how many words of four that are.
+///
+/// Stored weights are at most 255 and inputs at most 127 in size, so that a product of one fits. Two
+/// of them fit as well unless they have one sign and add up to more than 128. Of inputs that are
+/// spread by the rotation that is one pair in fifty.
 #[target_feature(enable = "avx2")]
-fn matmul(
-    x: &QuantizedRows,
-    rows: Range<usize>,
-    w: &PackedMatrix,
-    panels: Range<usize>,
-    out: &mut [f32],
-) {
-    let columns = panels.len() * LANES;
-    let stride = x.stride();
-    let mut wide = Vec::with_capacity(TILE_ROWS * stride);
-    let tiles = rows.len().div_ceil(TILE_ROWS);
-    let mut row = rows.start;
-    for tile in 0..tiles {
-        let height = (rows.end - row).div_ceil(tiles - tile);
-        wide.clear();
-        wide.extend(x.data[row * stride..][..height * stride].iter().map(|q| i16::from(*q)));
-        let tile = Tile { wide: &wide, x, row, w, columns };
-        for (i, panel) in panels.clone().enumerate() {
-            let out = &mut out[(row - rows.start) * columns + i * LANES..];
-            match height {
-                1 => tile.run::<1>(panel, out),
-                2 => tile.run::<2>(panel, out),
-                3 => tile.run::<3>(panel, out),
-                4 => tile.run::<4>(panel, out),
-                5 => tile.run::<5>(panel, out),
-                _ => tile.run::<6>(panel, out),
-            }
-        }
-        row += height;
-    }
-}
-
-/// A few rows, widened to 16 bits.
-struct Tile<'a> {
-    /// `[rows, stride]`.
-    wide: &'a [i16],
-    x: &'a QuantizedRows,
-    /// First of the rows in `x`.
-    row: usize,
-    w: &'a PackedMatrix,
-    /// Numbers from one row of the output to the next.
-    columns: usize,
-}
-
-impl Tile<'_> {
-    /// `R` rows by one panel, in two halves of 8 outputs.
-    #[target_feature(enable = "avx2")]
-    fn run<const R: usize>(&self, panel: usize, out: &mut [f32]) {
-        let stride = self.x.stride();
-        assert!(self.wide.len() >= R * stride);
-        let q = self.wide.as_ptr();
-        for half in 0..2 {
-            let bytes = self.w.panel(panel)[half * 32..].as_ptr();
-            // Each register holds two partial sums of four outputs.
-            let mut sums = [[_mm256_setzero_si256(); 2]; R];
-            for k in (0..stride).step_by(4) {
-                // SAFETY: a panel has 16 · stride bytes, the half starts at 32 · half, k ≤ stride − 4.
-                let weights = unsafe {
-                    let bytes = bytes.add(k * LANES);
-                    [
-                        _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.cast())),
-                        _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.add(16).cast())),
-                    ]
-                };
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: row `r` has `stride` numbers, and k ≤ stride − 4.
-                    let four = unsafe { q.add(r * stride + k).cast::<i64>().read_unaligned() };
-                    let four = _mm256_set1_epi64x(four);
-                    for (sum, weights) in sums.iter_mut().zip(weights) {
-                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weights, four));
-                    }
-                }
-            }
-            for (r, sums) in sums.iter().enumerate() {
-                let out = &mut out[r * self.columns + half * 8..][..8];
-                self.finish(*sums, self.row + r, panel, half, out);
-            }
-        }
-    }
-
-    /// Adds the partial sums of 8 outputs up and scales them.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn finish(&self, sums: [__m256i; 2], row: usize, panel: usize, half: usize, out: &mut [f32]) {
-        // Pairs come out as outputs 0 1 4 5 | 2 3 6 7.
-        let sum = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_hadd_epi32(sums[0], sums[1]));
-        let sum = _mm256_add_epi32(sum, _mm256_set1_epi32(self.x.offsets[row]));
-        let product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(self.x.scales[row]));
-        let scales = &self.w.scales(panel)[half * 8..][..8];
-        let bias = &self.w.bias(panel)[half * 8..][..8];
-        assert_eq!(out.len(), 8);
-        // SAFETY: the three slices have 8 numbers.
+fn split(row: &mut [i8], excess: &mut [Excess]) -> usize {
+    let mut len = 0;
+    for (i, bytes) in row.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        // SAFETY: the load covers the 32 bytes.
+        let q = unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) };
+        let sums = _mm256_abs_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q));
+        let seconds = _mm256_slli_epi16::<8>(_mm256_cmpgt_epi16(sums, _mm256_set1_epi16(128)));
+        let beyond = _mm256_and_si256(q, seconds);
+        let mut words = [[0; 4]; 8];
+        // SAFETY: the stores cover 32 bytes each.
         unsafe {
-            let product = _mm256_mul_ps(product, _mm256_loadu_ps(scales.as_ptr()));
-            let product = _mm256_add_ps(product, _mm256_loadu_ps(bias.as_ptr()));
-            _mm256_storeu_ps(out.as_mut_ptr(), product);
+            _mm256_storeu_si256(bytes.as_mut_ptr().cast(), _mm256_andnot_si256(seconds, q));
+            _mm256_storeu_si256(words.as_mut_ptr().cast(), beyond);
+        }
+        let zeros = _mm256_cmpeq_epi32(beyond, _mm256_setzero_si256());
+        let mut found = !_mm256_movemask_ps(_mm256_castsi256_ps(zeros)) & 0xff;
+        while found != 0 {
+            let word = found.trailing_zeros() as usize;
+            excess[len] = Excess { first: (32 * i + 4 * word) as u32, four: words[word] };
+            len += 1;
+            found &= found - 1;
         }
     }
+    len
+}
+
+/// Adds four products of bytes to each 32-bit sum, of which pairs must fit 16 bits (see [`split`]).
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot(sum: __m256i, weights: __m256i, four: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(weights, four);
+    _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+}
+
+// 4 rows of 2 registers use 8 of 16 registers for sums: enough to keep every port busy.
+byte_matmul! {
+    features: "avx2",
+    outputs: 8,
+    rows: 1 2 3 4 5 6,
+    zero: _mm256_setzero_si256,
+    splat: _mm256_set1_epi32,
+    load: _mm256_loadu_si256,
+    dot: dot,
+    convert: _mm256_cvtepi32_ps,
+    splat_float: _mm256_set1_ps,
+    load_float: _mm256_loadu_ps,
+    multiply: _mm256_mul_ps,
+    add: _mm256_add_ps,
+    store_float: _mm256_storeu_ps,
 }
 
 /// fp32 arithmetic of attention.
@@ -188,6 +144,11 @@ impl Arithmetic for Fma {
     fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
         // SAFETY: only this file's `attention` uses this type, on a CPU with AVX2 and FMA.
         unsafe { product::<ADD>(a, b, n, c) }
+    }
+
+    #[inline(always)]
+    fn exp(x: f32) -> f32 {
+        fused_exp(x)
     }
 
     #[inline(always)]

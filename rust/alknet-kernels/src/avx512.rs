@@ -3,19 +3,20 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
-    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands},
+    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands, fused_exp},
     avx2,
+    bytes::byte_matmul,
     dispatch::Kernels,
     isa::Isa,
     pack::PackedMatrix,
     rows::QuantizedRows,
     scalar::{self, LANES},
-    vnni::vnni_matmul,
 };
 
 pub(crate) static KERNELS: Kernels = Kernels {
     isa: Isa::Avx512,
     rotate_quantize,
+    split: None,
     rms_norm,
     matmul,
     copy_tile: finish_linear::<false>,
@@ -71,7 +72,7 @@ fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
 }
 
 // 12 rows of 2 registers use 24 of 32 registers for sums.
-vnni_matmul! {
+byte_matmul! {
     features: "avx512f,avx512bw,avx512vl,avx512vnni",
     outputs: 16,
     rows: 1 2 3 4 5 6 7 8 9 10 11 12,
@@ -97,6 +98,11 @@ impl Arithmetic for Fma {
     fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
         // SAFETY: only this file's `attention` uses this type, on a CPU with AVX-512.
         unsafe { fp32_product::<ADD>(a, b, n, c) }
+    }
+
+    #[inline(always)]
+    fn exp(x: f32) -> f32 {
+        fused_exp(x)
     }
 
     #[inline(always)]

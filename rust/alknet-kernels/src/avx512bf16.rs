@@ -1,17 +1,18 @@
 //! AVX-512 with BF16: as `avx512.rs`, but attention multiplies pairs of bf16 numbers, two at a time.
 //!
 //! bf16 keeps 8 bits of the mantissa, as much as the 8-bit activations that queries, keys and values
-//! are made from; sums are fp32.
+//! are made from; sums are fp32. It pays where `vdpbf16ps` runs once a cycle or more, which it does not
+//! on Intel's CPUs (see [`Isa::best`]).
 
 use std::{arch::x86_64::*, cell::RefCell};
 
 use crate::{
-    attention::{self, Arithmetic, AttentionScratch, AttentionTask, Operand},
+    attention::{self, Arithmetic, AttentionScratch, AttentionTask, Operand, fused_exp},
     avx2,
     avx512::{self, attention_product},
     dispatch::Kernels,
     isa::Isa,
-    scalar::{LANES, POWER_OF_TWO, ROUNDING, power_of_two},
+    scalar::LANES,
 };
 
 pub(crate) static KERNELS: Kernels = Kernels { isa: Isa::Avx512Bf16, attention, ..avx512::KERNELS };
@@ -72,7 +73,7 @@ impl Arithmetic for Bf16 {
 
     #[inline(always)]
     fn exp(x: f32) -> f32 {
-        short_exp(x)
+        fused_exp(x)
     }
 
     #[inline(always)]
@@ -86,23 +87,6 @@ impl Arithmetic for Bf16 {
         // SAFETY: only this file's `attention` uses this type, on a CPU with AVX2.
         unsafe { avx2::transpose(x, stride, size, out, out_stride) }
     }
-}
-
-/// `eˣ` of numbers up to zero within a part in 100,000, far less than what bf16 rounds off; NaN stays NaN.
-///
-/// Fuses multiplications with additions, so that it is for instruction sets of the AVX-512 family only.
-#[inline(always)]
-fn short_exp(x: f32) -> f32 {
-    use std::f32::consts::LOG2_E;
-    // Not `max`, which would turn NaN into a number.
-    let x = if x < -87.0 { -87.0 } else { x };
-    let shifted = x.mul_add(LOG2_E, ROUNDING);
-    let r = x.mul_add(LOG2_E, ROUNDING - shifted);
-    let [mut p, rest @ ..] = POWER_OF_TWO;
-    for c in rest {
-        p = p.mul_add(r, c);
-    }
-    p * power_of_two(shifted)
 }
 
 /// Keys from `start` on in pairs of neighbours, rows of `row` words filled with zeros.

@@ -3,14 +3,15 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
-    avx2, dispatch::Kernels, isa::Isa, pack::PackedMatrix, rows::QuantizedRows, scalar::LANES,
-    vnni::vnni_matmul,
+    avx2, bytes::byte_matmul, dispatch::Kernels, isa::Isa, pack::PackedMatrix, rows::QuantizedRows,
+    scalar::LANES,
 };
 
-pub(crate) static KERNELS: Kernels = Kernels { isa: Isa::AvxVnni, matmul, ..avx2::KERNELS };
+pub(crate) static KERNELS: Kernels =
+    Kernels { isa: Isa::AvxVnni, split: None, matmul, ..avx2::KERNELS };
 
 // 6 rows of 2 registers use 12 of 16 registers for sums.
-vnni_matmul! {
+byte_matmul! {
     features: "avx2,avxvnni",
     outputs: 8,
     rows: 1 2 3 4 5 6,

@@ -8,11 +8,12 @@ use crate::{
     attention::{AttentionTask, FP32_SCRATCH, Portable, attention},
     isa::{Isa, UnsupportedIsa},
     pack::PackedMatrix,
-    rows::QuantizedRows,
-    scalar::{self, LANES, Place, TileHeads},
+    rows::{Excess, QuantizedRows},
+    scalar::{self, K_ALIGN, LANES, Place, TileHeads},
 };
 
 type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);
+type Split = unsafe fn(&mut [i8], &mut [Excess]) -> usize;
 type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
 type Matmul = unsafe fn(&QuantizedRows, Range<usize>, &PackedMatrix, Range<usize>, &mut [f32]);
 type FinishTile = unsafe fn(&[f32], usize, usize, &Place<'_>);
@@ -26,6 +27,8 @@ type Attention = unsafe fn(&AttentionTask<'_>, &mut [f32]);
 pub(crate) struct Kernels {
     pub(crate) isa: Isa,
     pub(crate) rotate_quantize: RotateQuantize,
+    /// Splits off a row what its product could not hold; nothing for kernels that multiply any rows.
+    pub(crate) split: Option<Split>,
     pub(crate) rms_norm: RmsNorm,
     pub(crate) matmul: Matmul,
     pub(crate) copy_tile: FinishTile,
@@ -41,6 +44,7 @@ static SCALAR: Kernels = Kernels {
         scalar::hadamard(x, block);
         scalar::quantize(x, out)
     },
+    split: None,
     rms_norm: |x, weight, eps, out| scalar::rms_norm(x, weight, eps, out),
     matmul: |x, rows, w, panels, out| scalar::matmul(x, rows, w, panels, out),
     copy_tile: scalar::finish_linear::<false>,
@@ -87,6 +91,13 @@ impl Kernels {
         assert!(x.len().is_multiple_of(block) && block.is_power_of_two() && out.len() >= x.len());
         // SAFETY: the table was handed out after the CPU check; shapes checked above.
         unsafe { (self.rotate_quantize)(x, block, out) }
+    }
+
+    /// Splits a row for [`Kernels::matmul`], if that needs it; returns how much was split off.
+    pub(crate) fn split(&self, row: &mut [i8], excess: &mut [Excess]) -> usize {
+        assert!(row.len().is_multiple_of(K_ALIGN) && excess.len() == row.len() / 4);
+        // SAFETY: the table was handed out after the CPU check; shapes checked above.
+        self.split.map_or(0, |split| unsafe { split(row, excess) })
     }
 
     /// [`scalar::rms_norm`].

@@ -17,7 +17,7 @@
 //! | `isa.rs` | which instruction sets this CPU has |
 //! | `scalar.rs`, `attention.rs` | what every kernel computes, written so that LLVM vectorises it |
 //! | `avx2.rs`, `avxvnni.rs`, `avx512.rs`, `avx512bf16.rs`, `amx.rs` | the same kernels, with intrinsics where LLVM falls short |
-//! | `vnni.rs` | the product of bytes that `avxvnni.rs` and `avx512.rs` share |
+//! | `bytes.rs` | the product of bytes that `avx2.rs`, `avxvnni.rs` and `avx512.rs` share |
 //! | `dispatch.rs` | the table of kernels of one instruction set |
 //! | `pack.rs` | 8-bit weights in the order in which the kernels read them |
 //! | `rows.rs` | 8-bit activations |
@@ -37,6 +37,8 @@ mod avx512;
 mod avx512bf16;
 #[cfg(target_arch = "x86_64")]
 mod avxvnni;
+#[cfg(target_arch = "x86_64")]
+mod bytes;
 mod dispatch;
 mod isa;
 mod ops;
@@ -46,8 +48,6 @@ mod rows;
 mod scalar;
 #[cfg(test)]
 mod tests;
-#[cfg(target_arch = "x86_64")]
-mod vnni;
 
 pub use isa::{Isa, UnknownIsa, UnsupportedIsa};
 pub use ops::{Engine, Heads, Pass, Segment};

@@ -8,7 +8,7 @@ use crate::{
     isa::{Isa, UnsupportedIsa},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
     pool::{Pool, Shared, Turn},
-    rows::QuantizedRows,
+    rows::{Excess, QuantizedRows},
     scalar::{self, LANES, Place, TileHeads},
 };
 
@@ -366,11 +366,17 @@ struct RowWriter {
     data: Shared<i8>,
     scales: Shared<f32>,
     offsets: Shared<i32>,
+    /// Where kernels split rows, else empty.
+    excess: Shared<Excess>,
+    excess_len: Shared<u32>,
 }
 
 impl RowWriter {
     fn new(out: &mut QuantizedRows, rows: usize, width: usize, kernels: &'static Kernels) -> Self {
         out.reshape(rows, width);
+        if kernels.split.is_some() {
+            out.reshape_excess();
+        }
         Self {
             kernels,
             stride: out.stride(),
@@ -378,6 +384,8 @@ impl RowWriter {
             data: Shared::new(&mut out.data),
             scales: Shared::new(&mut out.scales),
             offsets: Shared::new(&mut out.offsets),
+            excess: Shared::new(&mut out.excess),
+            excess_len: Shared::new(&mut out.excess_len),
         }
     }
 
@@ -397,5 +405,12 @@ impl RowWriter {
         };
         let (s, sum) = self.kernels.rotate_quantize(numbers, self.block, q);
         (scale[0], offset[0]) = (s, -128 * sum);
+        if self.kernels.split.is_some() {
+            let words = self.stride / 4;
+            // SAFETY: this function's contract.
+            let (excess, len) =
+                unsafe { (self.excess.range(row * words, words), self.excess_len.range(row, 1)) };
+            len[0] = self.kernels.split(q, excess) as u32;
+        }
     }
 }

@@ -8,6 +8,8 @@ use crate::scalar::{K_ALIGN, hadamard_block};
 /// - `data`: `[rows, stride]`, `stride` the input width rounded up, filled with zeros
 /// - `scales`: `[rows]`; NaN for a row that held a number that is not finite
 /// - `offsets`: `[rows]`, `−128 · Σ q`, which undoes that stored weights are `w + 128`
+/// - `excess`: `[rows, stride / 4]`, of which each row has `excess_len`; or both empty, for kernels
+///   that multiply any rows
 #[derive(Debug, Default)]
 pub struct QuantizedRows {
     width: usize,
@@ -15,6 +17,16 @@ pub struct QuantizedRows {
     pub(crate) data: Vec<i8>,
     pub(crate) scales: Vec<f32>,
     pub(crate) offsets: Vec<i32>,
+    pub(crate) excess: Vec<Excess>,
+    pub(crate) excess_len: Vec<u32>,
+}
+
+/// Four inputs of a row that are added to it once more, since `data` holds only a part of them.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Excess {
+    /// Index of the first one.
+    pub(crate) first: u32,
+    pub(crate) four: [i8; 4],
 }
 
 impl QuantizedRows {
@@ -35,6 +47,21 @@ impl QuantizedRows {
     /// Numbers in a row, without the filling.
     pub fn width(&self) -> usize {
         self.width
+    }
+
+    /// Makes room for what kernels split off.
+    pub(crate) fn reshape_excess(&mut self) {
+        self.excess.resize(self.data.len() / 4, Excess::default());
+        self.excess_len.resize(self.rows(), 0);
+    }
+
+    /// What was split off a row.
+    #[inline]
+    pub(crate) fn excess(&self, row: usize) -> &[Excess] {
+        match self.excess_len.get(row) {
+            Some(len) => &self.excess[row * (self.stride / 4)..][..*len as usize],
+            None => &[],
+        }
     }
 
     /// Bytes from one row to the next.

@@ -8,6 +8,7 @@ use crate::{
     dispatch::Kernels,
     padded_outputs,
     pool::Shared,
+    rows::Excess,
     scalar::{LANES, Place, TileHeads, exp, hadamard, hadamard_block, short_exp, transpose},
 };
 
@@ -153,6 +154,20 @@ proptest! {
         prop_assert_eq!(expected.1.iter().map(|q| i32::from(*q)).sum::<i32>(), expected.3);
         for isa in vector_isas() {
             prop_assert_eq!(run(isa), expected.clone(), "{}", isa);
+        }
+    }
+
+    #[test]
+    fn split_rows_add_up_to_the_whole(words in 1usize..6, seed: u64, sixteenths in 1i16..=16) {
+        let scale = |x: &f32| (x * 8.0 * f32::from(sixteenths)).clamp(-127.0, 127.0) as i8;
+        let row: Vec<i8> = noise(seed, 64 * words).iter().map(scale).collect();
+        for isa in vector_isas() {
+            let (mut rest, mut excess) = (row.clone(), vec![Excess::default(); 16 * words]);
+            let len = kernels(isa).split(&mut rest, &mut excess);
+            for Excess { first, four } in &excess[..len] {
+                rest[*first as usize..][..4].iter_mut().zip(four).for_each(|(x, part)| *x += part);
+            }
+            prop_assert_eq!(&rest, &row, "{}", isa);
         }
     }
 
@@ -309,6 +324,28 @@ proptest! {
             // SAFETY: AVX2 is available.
             unsafe { crate::avx2::transpose(&x, stride, (rows, columns), &mut out, out_stride) };
             prop_assert_eq!(out, expected);
+        }
+    }
+}
+
+/// Inputs and weights as large as they get, in all combinations of signs: no sum may saturate.
+#[test]
+fn products_of_the_largest_numbers_are_exact() {
+    // An odd width is not rotated.
+    let (rows, outputs, inputs) = (16, 16, 255);
+    let sign = |i: usize, k: usize| if i >> (k % 4) & 1 == 0 { 1.0 } else { -1.0 };
+    let signs: Vec<f32> = (0..rows).flat_map(|i| (0..inputs).map(move |k| sign(i, k))).collect();
+    for isa in Isa::available() {
+        let engine = Engine::new(Some(isa), Some(1)).unwrap();
+        let w = pack(&engine, outputs, inputs, &signs);
+        let (pass, mut q, mut out) =
+            (engine.pass(), QuantizedRows::default(), vec![0.0; rows * outputs]);
+        pass.quantize(&mut signs.clone(), inputs, &mut q);
+        pass.linear::<false>(&q, &w, outputs, &mut out);
+        for (i, (found, bias)) in out.iter().zip(noise(9, outputs).iter().cycle()).enumerate() {
+            let same = |k: &usize| sign(i / outputs, *k) == sign(i % outputs, *k);
+            let exact = 2.0 * (0..inputs).filter(same).count() as f32 - inputs as f32;
+            assert!((found - bias - exact).abs() < 1e-3, "{isa}: {found}, exactly {exact}");
         }
     }
 }

@@ -1,15 +1,16 @@
-//! The product of bytes with VNNI, for registers of any width.
+//! The product of bytes, for registers of any width.
 //!
-//! `dpbusd` adds four products of bytes to each 32-bit sum: a register of weights holds four inputs
-//! of each of its outputs, and is multiplied by four inputs of one row.
+//! A register of weights holds four inputs of each of its outputs, and is multiplied by four inputs of
+//! one row: four products are added to each 32-bit sum, by one instruction where there is VNNI.
 
 /// Defines `matmul`, which is [`crate::scalar::matmul`] in tiles of rows by two registers.
 ///
 /// - `features`: what the functions are compiled for
 /// - `outputs`: sums in a register, 8 or 16
 /// - `rows`: heights of a tile, each from 1 on; the last is the highest
+/// - `dot`: adds four products to each sum
 /// - the rest: intrinsics of that width
-macro_rules! vnni_matmul {
+macro_rules! byte_matmul {
     (
         features: $features:literal,
         outputs: $outputs:literal,
@@ -124,6 +125,16 @@ macro_rules! vnni_matmul {
                     }
                 }
             }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for excess in x.excess(row + r) {
+                    let four = $splat(i32::from_le_bytes(excess.four.map(|q| q as u8)));
+                    for (p, sum) in sums.iter_mut().enumerate() {
+                        let at = start(p) + excess.first as usize * LANES;
+                        // SAFETY: a panel has 16 · stride bytes, and words lie within the stride.
+                        *sum = unsafe { $dot(*sum, $load(bytes.add(at).cast()), four) };
+                    }
+                }
+            }
             for (r, sums) in sums.iter().enumerate() {
                 let row_scale = $splat_float(x.scales[row + r]);
                 for (p, sum) in sums.iter().enumerate() {
@@ -143,4 +154,4 @@ macro_rules! vnni_matmul {
         }
     };
 }
-pub(crate) use vnni_matmul;
+pub(crate) use byte_matmul;
