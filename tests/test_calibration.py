@@ -24,7 +24,7 @@ from alknet_firewall.calibration.activations import Layout, read_windows
 from alknet_firewall.calibration.corpus import Row, read_corpora, sha256_of
 from alknet_firewall.calibration.crossfit import ORIGINS, Corpus, cross_fit, folds_of
 from alknet_firewall.calibration.evaluate import evaluate, table
-from alknet_firewall.calibration.fit import FitOptions, Windows
+from alknet_firewall.calibration.fit import FitOptions, Windows, pool
 
 WIDTH = len(SITES) * HIDDEN_SIZE
 OPTIONS = FitOptions(n_components=3, rounds=2)
@@ -108,6 +108,29 @@ class TestCrossFit:
         assert (one[~held] != two[~held]).any()
 
 
+class TestFrames:
+    def windows(self) -> Windows:
+        lengths = np.array([1, 2, 3, 7])
+        x = np.random.default_rng(3).normal(size=(lengths.sum(), 4)).astype(np.float32)
+        return Windows(x, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def test_a_frame_is_the_mean_of_its_windows(self):
+        windows = self.windows()
+        frames = windows.frames(3)
+        assert list(np.diff(frames.starts)) == [1, 1, 1, 5]
+        np.testing.assert_allclose(frames.x[0], windows.x[0], rtol=1e-6)
+        np.testing.assert_allclose(frames.x[1], windows.x[1:3].mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(frames.x[-1], windows.x[-3:].mean(axis=0), rtol=1e-5)
+
+    def test_the_largest_frame_is_that_of_its_largest_window_and_its_mean(self):
+        windows = self.windows()
+        peaks, means = windows.x[:, 0], windows.x[:, 1]
+        largest = pool(peaks, means, np.diff(windows.starts), 3)
+        last = [peaks[i : i + 3].max() + means[i : i + 3].mean() for i in range(6, 11)]
+        assert largest[3] == pytest.approx(max(last))
+        assert largest[0] == pytest.approx(peaks[0] + means[0])
+
+
 class TestNull:
     @pytest.mark.parametrize(
         "sample",
@@ -148,6 +171,23 @@ class TestNull:
         weights = null.source_weights(["a"] * 100 + ["b"] * 4)
         assert weights.sum() == pytest.approx(1)
         assert weights[:100].sum() / weights[100:].sum() == pytest.approx(5)
+
+    def test_joined_texts_are_as_alarming_as_their_worst_part(self):
+        statistics, n_tokens = np.arange(40.0), np.full(40, 256)
+        joined = null.joined(statistics, n_tokens, 1024)
+        assert len(joined) == 10
+        assert joined.max() == 39
+        assert (joined >= 3).all()
+        np.testing.assert_array_equal(joined, null.joined(statistics, n_tokens, 1024))
+
+    def test_long_text_of_many_parts_makes_long_text_less_alarming(self):
+        rng = np.random.default_rng(5)
+        n_tokens = np.repeat([100, 1024], 500)
+        knots, values = null.null_splines(rng.normal(size=1000), n_tokens, ["one"] * 1000)
+        p = [
+            10 ** -null.pchip_linear_above(knots[c], values[c], np.array([2.5]))[0] for c in (2, 4)
+        ]
+        assert p[1] > 2 * p[0]
 
     def test_length_classes(self):
         n_tokens = np.array([0, 16, 17, 48, 49, 1024, 5000])
@@ -210,6 +250,26 @@ class TestCompile:
             made_up_corpus(seed=1), tiny_folder, other, layout=TINY_LAYOUT, options=OPTIONS
         )
         assert other.read_bytes() != compiled.read_bytes()
+
+    @pytest.mark.parametrize("text", BENIGN)
+    def test_the_library_scores_as_calibration_does(self, compiled, tiny_folder, text):
+        from safetensors.numpy import load_file
+
+        tensors, metadata = load_file(compiled), _core.inspect_codebook(str(compiled))
+        reader = _core.Reader(str(tiny_folder), list(SITES))
+        (x,) = reader.window_means([text], max_tokens=64, **LAYOUT)
+        z = (x - tensors["mean"]) @ tensors["components"].T
+        terms = [z @ tensors[name][0] for name in ("direction_weights", "frame_weights")]
+        (largest,) = pool(*terms, np.array([len(x)]), int(metadata["frame"]))
+        length = null.length_class(np.array([reader.count_tokens(text)]))[0]
+        unknown = ORIGINS.index(None)
+        knots, values = (tensors[f"null_{part}"][unknown, length] for part in ("knots", "values"))
+        statistic = np.array([largest + tensors["direction_bias"][0]])
+        (expected,) = 10 ** -null.pchip_linear_above(knots, values, statistic)
+        alarm = Firewall(tiny_folder, codebook_path=compiled).screen(text)
+        # A twentieth of the error budget is the novelty's.
+        by_novelty = max(alarm.novelty_p_value / 0.05, 0.00101)
+        assert alarm.p_value == pytest.approx(min(expected / 0.95, by_novelty, 1), rel=0.02)
 
     def test_nothing_else_is_left_behind(self, compiled):
         assert [path.name for path in compiled.parent.iterdir()] == [compiled.name]

@@ -4,8 +4,8 @@ The statistics come from benign sources that were left out when the directions t
 fitted, so that a p-value speaks of text from a source never seen. Sources weigh alike.
 
 The last length class is also that of every segment of a long document, which may be about many
-things: the long texts of a corpus mostly stay with one. Half of its weight is therefore that of
-texts joined at random until they are as long.
+things: the long texts of a corpus mostly stay with one. A quarter of its weight is therefore that
+of texts joined at random until they are as long.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ N_KNOTS = 24
 _LEVELS = np.array([0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.13, 0.09, 0.065])
 _TAIL_FROM = 0.05
 _TAIL_LEVELS = np.array([0.02, 0.01, 0.003, 0.001, 0.0001])
+
+# Weight of joined texts in the last class.
+_JOINED_SHARE = 0.25
 
 # A class with fewer texts than this borrows the neighbouring classes' texts.
 _ENOUGH = 400
@@ -76,7 +79,8 @@ def null_splines(
         own, weights = statistics[near], source_weights(list(names[near]))
         if c == len(LENGTH_CLASSES) - 1:
             both = joined(statistics, n_tokens, LENGTH_CLASSES[-1])
-            weights = np.concatenate([weights, np.full(len(both), 1 / max(len(both), 1))])
+            share = np.full(len(both), _JOINED_SHARE / max(len(both), 1))
+            weights = np.concatenate([(1 - _JOINED_SHARE) * weights, share])
             own = np.concatenate([own, both])
         x, y = null_spline(own, weights)
         knots.append(x)

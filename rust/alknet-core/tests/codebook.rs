@@ -74,6 +74,31 @@ fn a_valid_file_is_read_as_it_was_written() {
 }
 
 #[test]
+fn a_frame_counts_by_its_largest_window_and_by_all_of_them() {
+    let mut file = CodebookFile::valid();
+    file.metadata.insert("frame".into(), "3".into());
+    set_number(file.tensors.get_mut("frame_weights").unwrap(), 0, 3.0);
+    let codebook = Codebook::from_bytes(&file.to_bytes()).unwrap();
+    // Windows of 4 tokens, every 2, on component 0: their means are 0, 2, 4 and so on.
+    let projections = |n: usize| -> Vec<f32> {
+        let first = |t: usize| if t < 4 { 0.0 } else { 4.0 };
+        (0..n).flat_map(|t| [first(t), 0.0, 0.0]).collect()
+    };
+    let logits = |n: usize| -> Vec<_> {
+        let frames = score::frames(&codebook, &projections(n)).unwrap();
+        frames.into_iter().map(|frame| (frame.tokens, frame.logits[0])).collect()
+    };
+    assert_eq!(logits(8), [(0..8, 4.0 + 3.0 * 2.0)]);
+    assert_eq!(logits(10), [(0..8, 10.0), (2..10, 4.0 + 3.0 * (2.0 + 4.0 + 4.0) / 3.0)]);
+    assert_eq!(logits(6), [(0..6, 2.0 + 3.0 * 1.0)]);
+    assert_eq!(logits(4), [(0..4, 0.0)]);
+    assert!(logits(0).is_empty());
+    let mut broken = projections(10);
+    broken[27] = f32::NAN;
+    assert!(matches!(score::frames(&codebook, &broken), Err(Error::Inference(_))));
+}
+
+#[test]
 fn metadata_that_is_not_known_is_kept() {
     let mut file = CodebookFile::valid();
     file.metadata.insert("quality".into(), "{}".into());
