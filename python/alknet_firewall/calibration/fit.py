@@ -41,7 +41,7 @@ class FitOptions:
     """Choices of the recipe; the defaults are those of the shipped codebook."""
 
     # Consecutive windows that are judged together.
-    frame: int = 3
+    frame: int = 7
     # Rows of the projection, at least 2; the scored direction is exact with any number.
     n_components: int = 16
     shrinkage: float = 0.3

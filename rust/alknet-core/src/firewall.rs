@@ -303,8 +303,8 @@ impl Firewall {
                     continue;
                 }
                 let signal = self.name_signals(frame, reading, judged, &mut signals);
-                let first = encoding.offsets[piece.tokens.start + frame.tokens.start].0;
-                let last = encoding.offsets[piece.tokens.start + frame.tokens.end - 1].1;
+                let first = encoding.offsets[piece.tokens.start + frame.strongest.start].0;
+                let last = encoding.offsets[piece.tokens.start + frame.strongest.end - 1].1;
                 let bytes = whole_words(case.input.text, view.to_original(first..last));
                 spans.push(Span { bytes, score, signal });
             }

@@ -24,6 +24,8 @@ const MAX_X: f64 = 12.0;
 pub struct FrameScore {
     /// Tokens of the piece that it covers.
     pub tokens: Range<usize>,
+    /// Tokens of its most alarming window.
+    pub strongest: Range<usize>,
     /// `−log₁₀ p` per origin of the codebook, as if this frame were the piece's largest.
     pub attack: Vec<f64>,
     /// Log-odds of every direction.
@@ -93,10 +95,21 @@ fn score(codebook: &Codebook, class: usize, windows: &[Window]) -> Result<FrameS
     };
     Ok(FrameScore {
         tokens: windows[0].tokens.start..windows[windows.len() - 1].tokens.end,
+        strongest: strongest(codebook, windows),
         attack: codebook.origins.iter().copied().enumerate().map(attack).collect(),
         novelty: codebook.novelty_null(class).eval_linear_above(depth).clamp(0.0, MAX_X),
         logits,
     })
+}
+
+/// Tokens of the window that adds most to a scored direction.
+fn strongest(codebook: &Codebook, windows: &[Window]) -> Range<usize> {
+    let scored = |window: &Window| {
+        let terms = codebook.directions.iter().zip(&window.terms).filter(|(d, _)| d.scored);
+        largest(terms.map(|(_, (peak, mean))| peak + mean))
+    };
+    let strongest = windows.iter().max_by(|a, b| scored(a).total_cmp(&scored(b)));
+    strongest.map_or(0..0, |window| window.tokens.clone())
 }
 
 /// The largest of some numbers; NaN if one of them is.
