@@ -8,9 +8,18 @@ use crate::{
     attention::{AttentionTask, FP32_SCRATCH, Portable, attention},
     isa::{Isa, UnsupportedIsa},
     pack::PackedMatrix,
+    pool::Shared,
     rows::QuantizedRows,
     scalar::{self, LANES, Place, TileHeads},
 };
+
+/// Some rows of `x` times some panels of `w`.
+pub(crate) struct Product<'a> {
+    pub(crate) x: &'a QuantizedRows,
+    pub(crate) rows: Range<usize>,
+    pub(crate) w: &'a PackedMatrix,
+    pub(crate) panels: Range<usize>,
+}
 
 type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);
 type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
@@ -18,6 +27,16 @@ type Matmul = unsafe fn(&QuantizedRows, Range<usize>, &PackedMatrix, Range<usize
 type FinishTile = unsafe fn(&[f32], usize, usize, &Place<'_>);
 type FinishQkv = unsafe fn(&mut [f32], &TileHeads<'_>, &[f32], &Place<'_>);
 type Attention = unsafe fn(&AttentionTask<'_>, &mut [f32]);
+
+type Finished = unsafe fn(&Product<'_>, usize, &Shared<f32>);
+
+/// Products that finish their sums themselves, without a buffer of numbers in between.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TileKernels {
+    pub(crate) copy: Finished,
+    pub(crate) add: Finished,
+    pub(crate) gate_up: Finished,
+}
 
 /// Kernels of one instruction set that this CPU has.
 ///
@@ -33,6 +52,8 @@ pub(crate) struct Kernels {
     pub(crate) finish_gate_up: FinishTile,
     pub(crate) finish_qkv: FinishQkv,
     pub(crate) attention: Attention,
+    /// Used in place of the ones above where there are any.
+    pub(crate) tiles: Option<TileKernels>,
 }
 
 static SCALAR: Kernels = Kernels {
@@ -50,6 +71,7 @@ static SCALAR: Kernels = Kernels {
     attention: |task, out| {
         FP32_SCRATCH.with_borrow_mut(|scratch| attention::<Portable>(task, scratch, out));
     },
+    tiles: None,
 };
 
 impl Kernels {

@@ -39,6 +39,7 @@ mod avx512bf16;
 mod avxvnni;
 mod dispatch;
 mod isa;
+mod lines;
 mod ops;
 mod pack;
 mod pool;

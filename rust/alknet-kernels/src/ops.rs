@@ -4,7 +4,7 @@ use std::{cell::RefCell, ops::Range};
 
 use crate::{
     attention::{AttentionTask, tokens_per_block},
-    dispatch::Kernels,
+    dispatch::{Kernels, Product},
     isa::{Isa, UnsupportedIsa},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
     pool::{Pool, Shared, Turn},
@@ -207,22 +207,18 @@ impl Pass {
         });
     }
 
-    /// Computes `x · Wᵀ + bias` tile by tile; `finish(rows, panels, tile)` is called for each.
-    ///
-    /// Tasks begin at multiples of `unit` panels and hold whole units.
-    ///
-    /// # Shapes
-    /// - `tile`: `[rows, panels · 16]`
-    fn for_tiles(
+    /// Cuts `x · Wᵀ` into tasks. They begin at multiples of `unit` panels and hold whole units.
+    fn for_products(
         &self,
         x: &QuantizedRows,
         w: &PackedMatrix,
         unit: usize,
-        finish: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+        run: impl Fn(&Product<'_>) + Sync,
     ) {
+        assert_eq!(x.width(), w.inputs());
         let tasks = MIN_TASKS_PER_THREAD * self.turn.threads();
         // Few rows: long runs of panels, which can be fetched ahead. Many: tiles that stay in cache.
-        let few = x.rows() <= ROW_BLOCK;
+        let few = x.rows() <= ROW_BLOCK || self.kernels.tiles.is_some();
         let units = if few { (w.panels() / unit / tasks).max(1) } else { 1 };
         let task_panels = units * unit;
         let column_tasks = w.panels().div_ceil(task_panels);
@@ -233,6 +229,22 @@ impl Pass {
             let first = column_task * task_panels;
             let panels = first..w.panels().min(first + task_panels);
             let rows = row_task * task_rows..x.rows().min((row_task + 1) * task_rows);
+            run(&Product { x, rows, w, panels });
+        });
+    }
+
+    /// Computes `x · Wᵀ + bias` tile by tile; `finish(rows, panels, tile)` is called for each.
+    ///
+    /// # Shapes
+    /// - `tile`: `[rows, panels · 16]`
+    fn for_tiles(
+        &self,
+        x: &QuantizedRows,
+        w: &PackedMatrix,
+        unit: usize,
+        finish: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+    ) {
+        self.for_products(x, w, unit, |Product { rows, panels, .. }| {
             with_buffer(ROW_BLOCK.min(rows.len()) * panels.len() * LANES, |tile| {
                 for start in rows.clone().step_by(ROW_BLOCK) {
                     let rows = start..rows.end.min(start + ROW_BLOCK);
@@ -256,6 +268,15 @@ impl Pass {
         out: &mut [f32],
     ) {
         let out = Shared::new(out);
+        if let Some(tiles) = &self.kernels.tiles {
+            let kernel = if ADD { tiles.add } else { tiles.copy };
+            self.for_products(x, w, PANEL_PAIR, |product| {
+                // SAFETY: every tile of the output belongs to one task; the table of kernels was
+                // handed out after the CPU check.
+                unsafe { kernel(product, width, &out) };
+            });
+            return;
+        }
         self.for_tiles(x, w, PANEL_PAIR, |rows, panels, tile| {
             let first = panels.start * LANES;
             let len = (panels.end * LANES).min(width) - first;
@@ -271,7 +292,14 @@ impl Pass {
     /// - `out`: `[rows, width]`
     pub fn gate_up(&self, x: &QuantizedRows, w: &PackedMatrix, width: usize, out: &mut [f32]) {
         let out = Shared::new(out);
-        self.for_tiles(x, w, 2, |rows, panels, tile| {
+        if let Some(tiles) = &self.kernels.tiles {
+            self.for_products(x, w, PANEL_PAIR, |product| {
+                // SAFETY: as above.
+                unsafe { (tiles.gate_up)(product, width, &out) };
+            });
+            return;
+        }
+        self.for_tiles(x, w, PANEL_PAIR, |rows, panels, tile| {
             let first = panels.start / 2 * LANES;
             let len = (panels.end / 2 * LANES).min(width) - first;
             let place = Place { out: &out, start: rows.start * width + first, stride: width };
