@@ -24,11 +24,14 @@ use crate::{
 pub(crate) static KERNELS: Kernels = Kernels {
     isa: Isa::Amx,
     matmul: products::matmul,
-    attention: attention::attention,
     tiles: Some(TileKernels {
         copy: products::linear::<false>,
         add: products::linear::<true>,
         gate_up: products::gate_up,
+        qkv: products::qkv,
+        store_values: attention::store_values,
+        attention: attention::attention,
+        columns: attention::COLUMNS,
     }),
     ..avx512bf16::KERNELS
 };
@@ -117,7 +120,7 @@ fn permission() -> bool {
 #[target_feature(enable = "avx512f,avx512dq")]
 fn exp2(x: __m512) -> __m512 {
     /// Of `2ʳ` for `r` from 0 to 1, highest power first: the least relative error without any at both ends.
-    const COEFFICIENTS: [f32; 4] = [7.826_747e-2, 2.263_083_6e-1, 6.954_241_7e-1, 1.0];
+    const COEFFICIENTS: [f32; 4] = [7.826_747e-2, 2.263_083_6e-1, 6.954_242e-1, 1.0];
     const DOWN: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
     let r = _mm512_reduce_ps::<DOWN>(x);
     let [mut p, rest @ ..] = COEFFICIENTS.map(|c| _mm512_set1_ps(c));

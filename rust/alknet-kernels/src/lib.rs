@@ -39,6 +39,7 @@ mod avx512bf16;
 mod avxvnni;
 mod dispatch;
 mod isa;
+mod keys;
 mod lines;
 mod ops;
 mod pack;
@@ -51,7 +52,8 @@ mod tests;
 mod vnni;
 
 pub use isa::{Isa, UnknownIsa, UnsupportedIsa};
-pub use ops::{Engine, Heads, Pass, Segment};
+pub use keys::{KeyValues, Projection};
+pub use ops::{Engine, Extension, Heads, Pass, Segment};
 pub use pack::{MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Widen, padded_outputs};
 pub use pool::{Pool, Turn};
 pub use rows::QuantizedRows;

@@ -1,185 +1,379 @@
-//! Attention on tiles of bf16 numbers.
+//! Causal attention on tiles of bf16 numbers, with a running softmax.
+//!
+//! The steps are those of [`crate::attention`]: queries stand in columns, so that the softmax runs over whole
+//! registers of them. Here a column is a token and one of the query heads that share keys and values; 32
+//! columns go through all blocks of keys, and all that belongs to them stays in the first-level cache.
+//!
+//! A column's maximum is only raised when a block exceeds it by [`SLACK`]: then earlier sums are
+//! scaled, which hardly ever happens after the first block. A weight is at most `2^SLACK`.
 
-use super::tiles::{ROW_BYTES, ROWS, Tiles, tile_asm};
+use std::{arch::x86_64::*, cell::RefCell, mem::transmute};
+
+use super::{
+    exp2,
+    tiles::{ROW_BYTES, ROWS, Tiles, tile_asm},
+};
 use crate::{
-    attention::{self, Arithmetic, AttentionTask, Operand},
-    avx2,
-    avx512bf16::{self, Bf16, pair_all, pair_keys},
+    dispatch::{StoreValues, TileAttention},
+    keys::{BLOCK, GROUP},
     scalar::LANES,
 };
 
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
-    avx512bf16::SCRATCH
-        .with_borrow_mut(|scratch| attention::attention::<Bf16Tiles>(task, scratch, out));
-}
+/// Columns that go through all keys together: two tiles.
+pub(super) const COLUMNS: usize = 2 * LANES;
 
-/// Pairs of bf16 numbers as [`Bf16`], rows of which fill whole tiles.
-struct Bf16Tiles;
+/// By how much scores may exceed the maximum that weights are relative to, in powers of two.
+const SLACK: f32 = 8.0;
 
-/// Words in a row of a tile.
-const ROW_WORDS: usize = ROW_BYTES / 4;
+/// A row of a tile: 16 pairs of bf16 numbers.
+type Row = [u32; LANES];
 
-impl Arithmetic for Bf16Tiles {
-    type Word = u32;
+/// A register of fp32 numbers in memory.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Numbers([f32; LANES]);
 
-    #[inline(always)]
-    fn keys<'a>(
-        task: &AttentionTask<'a>,
-        start: usize,
-        len: usize,
-        buffer: &'a mut Vec<u32>,
-    ) -> Operand<'a, u32> {
-        pair_keys(task, start, len, (task.head_dim / 2).next_multiple_of(ROW_WORDS), buffer)
+impl Numbers {
+    const fn of(x: f32) -> Self {
+        Self([x; LANES])
     }
 
-    #[inline(always)]
-    fn values<'a>(
-        task: &AttentionTask<'a>,
-        start: usize,
-        len: usize,
-        buffer: &'a mut Vec<u32>,
-    ) -> Operand<'a, u32> {
-        let rows = |j| &task.values[(start + j) * task.stride..][..task.head_dim];
-        let (dim, row) = (task.head_dim, len.div_ceil(2).next_multiple_of(ROW_WORDS));
-        pair_all(rows, len, dim, buffer);
-        buffer.resize(2 * row * dim, 0);
-        let (pairs, out) = buffer.split_at_mut(row * dim);
-        // SAFETY: only this file's `attention` uses this type, on a CPU with AVX2.
-        unsafe { avx2::transpose(as_f32(pairs), dim, (row, dim), as_f32_mut(out), row) };
-        Operand { words: out, row, column: 1 }
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn load(&self) -> __m512 {
+        // SAFETY: there are 16 numbers, aligned.
+        unsafe { _mm512_load_ps(self.0.as_ptr()) }
     }
 
-    #[inline(always)]
-    fn pack(x: &[f32], n: usize, words: &mut Vec<u32>) {
-        Bf16::pack(x, n, words);
-        words.resize((words.len() / n).next_multiple_of(ROW_WORDS) * n, 0);
-    }
-
-    #[inline(always)]
-    fn packed<'a>(x: &'a [f32], words: &'a [u32]) -> &'a [u32] {
-        Bf16::packed(x, words)
-    }
-
-    #[inline(always)]
-    fn product<const ADD: bool>(a: &Operand<'_, u32>, b: &[u32], n: usize, c: &mut [f32]) {
-        // SAFETY: only this file's `attention` uses this type, where AMX is available.
-        unsafe { bf16_product::<ADD>(a, b, n, c) }
-    }
-
-    #[inline(always)]
-    fn exp(x: f32) -> f32 {
-        Bf16::exp(x)
-    }
-
-    #[inline(always)]
-    fn transpose(
-        x: &[f32],
-        stride: usize,
-        size: (usize, usize),
-        out: &mut [f32],
-        out_stride: usize,
-    ) {
-        Bf16::transpose(x, stride, size, out, out_stride);
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn store(&mut self, x: __m512) {
+        // SAFETY: as above.
+        unsafe { _mm512_store_ps(self.0.as_mut_ptr(), x) }
     }
 }
 
-/// Words as numbers that are moved and never computed with.
-fn as_f32(words: &[u32]) -> &[f32] {
-    // SAFETY: the two types have the same size and alignment, and every pattern is a number.
-    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len()) }
+/// A register of pairs of bf16 numbers in memory.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Pairs(Row);
+
+/// What belongs to one tile of columns.
+struct Column {
+    /// `[BLOCK]`: scores.
+    scores: [Numbers; BLOCK],
+    /// `[BLOCK / 2]`: weights of pairs of keys.
+    weights: [Pairs; BLOCK / 2],
+    max: Numbers,
+    /// Sums of weights; four, so that they need not wait for each other.
+    totals: [Numbers; 4],
 }
 
-/// As [`as_f32`].
-fn as_f32_mut(words: &mut [u32]) -> &mut [f32] {
-    // SAFETY: as above.
-    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) }
+/// Buffers of a task.
+struct Scratch {
+    /// `[2, row / 2]`: queries, pairs of neighbours in a head.
+    queries: Vec<Pairs>,
+    /// `[2, row]`: sums of weighted values.
+    sums: Vec<Numbers>,
+    states: [Column; 2],
 }
 
-/// [`Arithmetic::product`] in blocks of up to 32 rows by 32 columns; depth fills whole tiles.
+thread_local! {
+    /// Buffers of attention, some 24 KiB per thread.
+    static SCRATCH: RefCell<Scratch> = const {
+        let states = [const { Column::new() }; 2];
+        RefCell::new(Scratch { queries: Vec::new(), sums: Vec::new(), states })
+    };
+}
+
+/// Attention of the columns of a task.
 ///
 /// # Safety
-/// AMX must be available.
-unsafe fn bf16_product<const ADD: bool>(a: &Operand<'_, u32>, b: &[u32], n: usize, c: &mut [f32]) {
-    let (rows, depth) = (c.len() / n, b.len() / n);
-    assert!(depth.is_multiple_of(ROW_WORDS) && n.is_multiple_of(LANES) && a.column == 1);
-    assert!(a.row >= depth && a.words.len() >= rows * a.row);
-    // SAFETY: this function's contract.
-    let mut tiles = unsafe { Tiles::new(ROWS, ROWS) };
-    for row in (0..rows).step_by(2 * ROWS) {
-        // Where there is no second tile of rows or columns, the first one is computed twice.
-        let upper = ROWS.min(rows - row);
-        let (below, lower) =
-            if rows > row + ROWS { (ROWS, ROWS.min(rows - row - ROWS)) } else { (0, upper) };
-        tiles.reshape(upper, lower);
-        for column in (0..n).step_by(2 * LANES) {
-            let right = if column + LANES < n { LANES } else { 0 };
-            let at = |below: usize, right: usize| (row + below) * n + column + right;
-            // SAFETY: tiles of `upper` and `lower` rows by 16 columns lie within `c`, those of
-            // `depth` words within `a` and `b`, as asserted above.
-            unsafe {
-                let left = a.words.as_ptr().add(row * a.row);
-                let (b, c) = (b.as_ptr().add(column), c.as_mut_ptr());
-                bf16_two_by_two::<ADD>(
-                    [left, left.add(below * a.row)],
-                    a.row,
-                    [b, b.add(right)],
-                    n,
-                    depth / ROW_WORDS,
-                    [
-                        c.add(at(0, 0)),
-                        c.add(at(0, right)),
-                        c.add(at(below, 0)),
-                        c.add(at(below, right)),
-                    ],
-                );
+/// The rows and heads of the task's columns must belong to it alone.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+pub(super) unsafe fn attention(task: &TileAttention<'_>) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        // SAFETY: this table of kernels is handed out where AMX is available.
+        let tiles = unsafe { Tiles::new(ROWS, ROWS) };
+        for first in task.columns.clone().step_by(COLUMNS) {
+            // SAFETY: this function's contract.
+            unsafe { columns(task, first, scratch) };
+        }
+        drop(tiles);
+    });
+}
+
+/// Attention of 32 columns from `first` on; those beyond the last one repeat it.
+///
+/// # Safety
+/// As [`attention`]; tiles must be configured for 16 rows throughout.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch) {
+    let row = task.shape.row;
+    let last = task.columns.end - 1;
+    let token = |column: usize| column.min(last) / task.group;
+    scratch.queries.resize(row, Pairs([0; LANES]));
+    scratch.sums.clear();
+    scratch.sums.resize(2 * row, Numbers::of(0.0));
+    for (half, queries) in scratch.queries.chunks_exact_mut(row / 2).enumerate() {
+        let of = |i: usize| {
+            let column = (first + half * LANES + i).min(last);
+            let start = column / task.group * task.query_stride + column % task.group * row;
+            &task.queries[start..][..row]
+        };
+        for (part, queries) in queries.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            // SAFETY: every query has a whole number of 32 words.
+            let words = |i| unsafe { _mm512_loadu_si512(of(i)[part * GROUP..].as_ptr().cast()) };
+            for (queries, words) in queries.iter_mut().zip(transpose(std::array::from_fn(words))) {
+                // SAFETY: there are 16 pairs.
+                unsafe { _mm512_store_si512(queries.0.as_mut_ptr().cast(), words) };
+            }
+        }
+    }
+    scratch.states.iter_mut().for_each(Column::reset);
+    let positions: [_; 2] = std::array::from_fn(|half| {
+        let position = |i| (task.first + token(first + half * LANES + i)) as i32;
+        let positions: [i32; LANES] = std::array::from_fn(position);
+        // SAFETY: there are 16 positions.
+        unsafe { _mm512_loadu_si512(positions.as_ptr().cast()) }
+    });
+    let (earliest, end) = (task.first + token(first), task.first + token(first + COLUMNS - 1) + 1);
+    for start in (0..end).step_by(BLOCK) {
+        // Whole groups, of which the keys after the last column are masked.
+        let len = (end - start).next_multiple_of(GROUP).min(BLOCK);
+        let block = &task.words[start / BLOCK * task.shape.block()..][..2 * task.shape.half()];
+        let (keys, values) = block.split_at(task.shape.half());
+        // SAFETY: this function's contract.
+        unsafe { scores(&keys[..len * row], row, &scratch.queries, &mut scratch.states) };
+        for ((state, positions), sums) in
+            scratch.states.iter_mut().zip(positions).zip(scratch.sums.chunks_exact_mut(row))
+        {
+            if earliest + 1 >= start + len {
+                state.softmax::<false>(len, positions, sums);
+            } else {
+                // The last key that a column sees, counted from the first of the block.
+                let seen = _mm512_sub_epi32(positions, _mm512_set1_epi32(start as i32));
+                state.softmax::<true>(len, seen, sums);
+            }
+        }
+        // SAFETY: as above.
+        unsafe { add_values(values, len, &scratch.states, &mut scratch.sums) };
+    }
+    for (half, (state, sums)) in
+        scratch.states.iter().zip(scratch.sums.chunks_exact_mut(row)).enumerate()
+    {
+        // SAFETY: as above.
+        unsafe { state.finish(task, first + half * LANES, sums) };
+    }
+}
+
+impl Column {
+    const fn new() -> Self {
+        Self {
+            scores: [Numbers::of(0.0); BLOCK],
+            weights: [Pairs([0; LANES]); BLOCK / 2],
+            max: Numbers::of(f32::NEG_INFINITY),
+            totals: [Numbers::of(0.0); 4],
+        }
+    }
+
+    /// Forgets all keys.
+    fn reset(&mut self) {
+        self.max = Numbers::of(f32::NEG_INFINITY);
+        self.totals = [Numbers::of(0.0); 4];
+    }
+
+    /// Turns the scores of the first `len` keys into weights, and scales earlier sums where a maximum
+    /// is raised. With `MASKED`, keys after number `seen` of the block weigh nothing.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+    fn softmax<const MASKED: bool>(&mut self, len: usize, seen: __m512i, sums: &mut [Numbers]) {
+        let log2_e = _mm512_set1_ps(std::f32::consts::LOG2_E);
+        let visible = |j: usize| {
+            if MASKED { _mm512_cmpge_epi32_mask(seen, _mm512_set1_epi32(j as i32)) } else { !0 }
+        };
+        // NaN is passed over here; it comes back through the exponential.
+        let mut max = self.max.load();
+        let mut largest = [max; 4];
+        for (j, scores) in self.scores[..len].as_chunks::<4>().0.iter().enumerate() {
+            for (i, scores) in scores.iter().enumerate() {
+                let mask = visible(4 * j + i);
+                largest[i] = _mm512_mask_max_ps(largest[i], mask, scores.load(), largest[i]);
+            }
+        }
+        let largest = _mm512_max_ps(
+            _mm512_max_ps(largest[0], largest[1]),
+            _mm512_max_ps(largest[2], largest[3]),
+        );
+        let slack = _mm512_set1_ps(SLACK * std::f32::consts::LN_2);
+        let raised = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(largest, _mm512_add_ps(max, slack));
+        if raised != 0 {
+            let fall = exp2(_mm512_mul_ps(_mm512_sub_ps(max, largest), log2_e));
+            let factor = _mm512_mask_mov_ps(_mm512_set1_ps(1.0), raised, fall);
+            max = _mm512_mask_mov_ps(max, raised, largest);
+            self.max.store(max);
+            for sum in self.totals.iter_mut().chain(sums) {
+                sum.store(_mm512_mul_ps(sum.load(), factor));
+            }
+        }
+        let zero = _mm512_mul_ps(max, log2_e);
+        // SAFETY: there are 32 numbers.
+        let interleave = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
+        let mut totals = self.totals.each_ref().map(|total| total.load());
+        let fours = self.scores[..len].as_chunks::<4>().0.iter();
+        for (j, (scores, pairs)) in fours.zip(self.weights.as_chunks_mut::<2>().0).enumerate() {
+            let weights: [_; 4] = std::array::from_fn(|i| {
+                let weight = exp2(_mm512_fmsub_ps(scores[i].load(), log2_e, zero));
+                if MASKED { _mm512_maskz_mov_ps(visible(4 * j + i), weight) } else { weight }
+            });
+            totals = std::array::from_fn(|i| _mm512_add_ps(totals[i], weights[i]));
+            for (i, pairs) in pairs.iter_mut().enumerate() {
+                // SAFETY: registers of 512 bits; there are 16 pairs.
+                unsafe {
+                    let halves = _mm512_cvtne2ps_pbh(weights[2 * i + 1], weights[2 * i]);
+                    let words = _mm512_permutexvar_epi16(
+                        interleave,
+                        transmute::<__m512bh, __m512i>(halves),
+                    );
+                    _mm512_store_si512(pairs.0.as_mut_ptr().cast(), words);
+                }
+            }
+        }
+        for (sum, total) in self.totals.iter_mut().zip(totals) {
+            sum.store(total);
+        }
+    }
+
+    /// Divides by the sums of weights and writes the columns from `first` on, of which there may be fewer.
+    ///
+    /// # Safety
+    /// As [`attention`].
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn finish(&self, task: &TileAttention<'_>, first: usize, sums: &[Numbers]) {
+        let [a, b, c, d] = self.totals.each_ref().map(|total| total.load());
+        let total = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+        let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), total);
+        let dim = task.head_dim;
+        for (part, sums) in sums.as_chunks::<LANES>().0.iter().enumerate().take(dim.div_ceil(LANES))
+        {
+            let rows = sums
+                .each_ref()
+                .map(|sums| _mm512_castps_si512(_mm512_mul_ps(sums.load(), inverse)));
+            let len = LANES.min(dim - part * LANES);
+            let mask = ((1_u32 << len) - 1) as __mmask16;
+            let columns = first..task.columns.end.min(first + LANES);
+            for (column, numbers) in columns.zip(transpose(rows)) {
+                let (token, head) = (column / task.group, column % task.group);
+                let place = token * task.out_stride + task.out_start + head * dim + part * LANES;
+                // SAFETY: this function's contract; the mask leaves `len` numbers.
+                unsafe {
+                    let out = task.out.range(place, len);
+                    _mm512_mask_storeu_epi32(out.as_mut_ptr().cast(), mask, numbers);
+                }
             }
         }
     }
 }
 
-/// Two tiles of rows by two of columns; `stride` numbers between the rows of `b` and `c`.
+/// Scores of a block's keys: `K Qᵀ`.
 ///
 /// # Safety
-/// Tiles must be configured for the rows of `a`, and all tiles must lie within their matrices.
-unsafe fn bf16_two_by_two<const ADD: bool>(
-    a: [*const u32; 2],
-    a_stride: usize,
-    b: [*const u32; 2],
+/// Tiles must be configured for 16 rows throughout.
+#[inline]
+unsafe fn scores(keys: &[u16], row: usize, queries: &[Pairs], states: &mut [Column; 2]) {
+    let steps = row / GROUP;
+    let [left, right] = states;
+    let queries = [queries.as_ptr(), queries[row / 2..].as_ptr()];
+    let tiles = left.scores.as_chunks_mut::<GROUP>().0.iter_mut();
+    let tiles = tiles.zip(right.scores.as_chunks_mut::<GROUP>().0);
+    for (keys, (left, right)) in keys.chunks_exact(GROUP * row).zip(tiles) {
+        let keys = [keys.as_ptr(), keys[ROWS * row..].as_ptr()];
+        let sums = [
+            left.as_mut_ptr(),
+            right.as_mut_ptr(),
+            left[ROWS..].as_mut_ptr(),
+            right[ROWS..].as_mut_ptr(),
+        ];
+        // SAFETY: this function's contract; 32 keys of whole steps, as many pairs of queries, and
+        // sums of 32 keys by two columns.
+        unsafe { multiply::<false>(keys, 2 * row, ROW_BYTES, queries, steps, sums) };
+    }
+}
+
+/// Adds the weighted values of a block's first `len` keys: `Vᵀ Pᵀ`.
+///
+/// # Safety
+/// As [`scores`].
+#[inline]
+unsafe fn add_values(values: &[u16], len: usize, states: &[Column; 2], sums: &mut [Numbers]) {
+    let row = sums.len() / 2;
+    let weights = [states[0].weights.as_ptr(), states[1].weights.as_ptr()];
+    let (left, right) = sums.split_at_mut(row);
+    for first in (0..row).step_by(GROUP) {
+        let values = &values[first * GROUP..];
+        let values = [values.as_ptr(), values[ROWS * GROUP..].as_ptr()];
+        let (left, right) = (&mut left[first..], &mut right[first..]);
+        let sums = [
+            left.as_mut_ptr(),
+            right.as_mut_ptr(),
+            left[ROWS..].as_mut_ptr(),
+            right[ROWS..].as_mut_ptr(),
+        ];
+        // SAFETY: this function's contract; 32 places in the head for whole groups of keys, pairs of
+        // weights for as many, and sums of 32 places by two columns.
+        unsafe {
+            multiply::<true>(values, ROW_BYTES, row * ROW_BYTES, weights, len / GROUP, sums);
+        }
+    }
+}
+
+/// Two tiles of rows by two tiles of columns, in which everything but `a` lies row after row.
+///
+/// A tile of `a` has rows `stride` bytes apart, and comes `step` bytes after the one before it.
+///
+/// # Safety
+/// Tiles must be configured for 16 rows throughout, and there must be `steps` of them in each of `a`
+/// and `b`.
+#[inline]
+unsafe fn multiply<const ADD: bool>(
+    a: [*const u16; 2],
     stride: usize,
+    step: usize,
+    b: [*const Pairs; 2],
     steps: usize,
-    c: [*mut f32; 4],
+    c: [*mut Numbers; 4],
 ) {
     macro_rules! call {
         ($($start:literal,)*) => {
             tile_asm!(
                 $($start,)*
                 "2:",
-                "tileloadd tmm4, [{upper} + {a_stride}]",
-                "tileloadd tmm6, [{left} + {stride}]",
-                "tileloadd tmm7, [{right} + {stride}]",
-                "tileloadd tmm5, [{lower} + {a_stride}]",
+                "tileloadd tmm4, [{upper} + {stride}]",
+                "tileloadd tmm6, [{left} + {line}]",
+                "tileloadd tmm7, [{right} + {line}]",
+                "tileloadd tmm5, [{lower} + {stride}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {upper}, 64",
-                "add {lower}, 64",
-                "add {left}, {sixteen}",
-                "add {right}, {sixteen}",
+                "add {upper}, {step}",
+                "add {lower}, {step}",
+                "add {left}, 1024",
+                "add {right}, 1024",
                 "dec {steps}",
                 "jnz 2b",
-                "tilestored [{c0} + {stride}], tmm0",
-                "tilestored [{c1} + {stride}], tmm1",
-                "tilestored [{c2} + {stride}], tmm2",
-                "tilestored [{c3} + {stride}], tmm3",;
+                "tilestored [{c0} + {line}], tmm0",
+                "tilestored [{c1} + {line}], tmm1",
+                "tilestored [{c2} + {line}], tmm2",
+                "tilestored [{c3} + {line}], tmm3",;
                 upper = inout(reg) a[0] => _,
                 lower = inout(reg) a[1] => _,
-                a_stride = in(reg) 4 * a_stride,
+                stride = in(reg) stride,
+                step = in(reg) step,
                 left = inout(reg) b[0] => _,
                 right = inout(reg) b[1] => _,
-                stride = in(reg) 4 * stride,
-                sixteen = in(reg) 4 * ROWS * stride,
+                line = in(reg) ROW_BYTES,
                 steps = inout(reg) steps => _,
                 c0 = in(reg) c[0],
                 c1 = in(reg) c[1],
@@ -192,13 +386,92 @@ unsafe fn bf16_two_by_two<const ADD: bool>(
     unsafe {
         if ADD {
             call!(
-                "tileloadd tmm0, [{c0} + {stride}]",
-                "tileloadd tmm1, [{c1} + {stride}]",
-                "tileloadd tmm2, [{c2} + {stride}]",
-                "tileloadd tmm3, [{c3} + {stride}]",
+                "tileloadd tmm0, [{c0} + {line}]",
+                "tileloadd tmm1, [{c1} + {line}]",
+                "tileloadd tmm2, [{c2} + {line}]",
+                "tileloadd tmm3, [{c3} + {line}]",
             );
         } else {
             call!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",);
+        }
+    }
+}
+
+/// Words 0 and 16, 1 and 17, …
+const INTERLEAVE: [u16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    order
+};
+
+/// Transposes 16 rows of 16 words of 32 bits.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+    // Pairs of rows, fours, then quarters of registers: eights and sixteens.
+    let mut r = rows;
+    for i in (0..LANES).step_by(2) {
+        (r[i], r[i + 1]) = (
+            _mm512_unpacklo_epi32(rows[i], rows[i + 1]),
+            _mm512_unpackhi_epi32(rows[i], rows[i + 1]),
+        );
+    }
+    // Register `4k + c` has, in each quarter, column `4 · quarter + c` of rows `4k` to `4k + 3`.
+    let mut fours = r;
+    for k in (0..LANES).step_by(4) {
+        fours[k] = _mm512_unpacklo_epi64(r[k], r[k + 2]);
+        fours[k + 1] = _mm512_unpackhi_epi64(r[k], r[k + 2]);
+        fours[k + 2] = _mm512_unpacklo_epi64(r[k + 1], r[k + 3]);
+        fours[k + 3] = _mm512_unpackhi_epi64(r[k + 1], r[k + 3]);
+    }
+    let mut out = fours;
+    for c in 0..4 {
+        let [a, b, d, e] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
+        let (even_low, even_high) = (
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(d, e),
+        );
+        let (odd_low, odd_high) = (
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(d, e),
+        );
+        out[c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(even_low, even_high);
+        out[8 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(even_low, even_high);
+        out[4 + c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(odd_low, odd_high);
+        out[12 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(odd_low, odd_high);
+    }
+    out
+}
+
+/// Writes the values of some positions of a group of 32, and zeros after them.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn store_values(task: &StoreValues<'_>, out: &mut [u16]) {
+    let StoreValues { rows, stride, first, len, row } = *task;
+    assert!(first + len <= GROUP && rows.len() >= (len - 1) * stride + row);
+    assert!(out.len() == row * GROUP && row.is_multiple_of(GROUP));
+    let mask: __mmask32 = !0 << first;
+    // SAFETY: there are 32 numbers.
+    let interleave = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
+    for (part, out) in out.as_chunks_mut::<{ LANES * GROUP }>().0.iter_mut().enumerate() {
+        let words = |position: usize| match position.checked_sub(first) {
+            // SAFETY: a row has 16 numbers from every multiple of 16 on.
+            Some(i) if i < len => unsafe {
+                _mm256_loadu_si256(rows[i * stride + part * LANES..][..LANES].as_ptr().cast())
+            },
+            _ => _mm256_setzero_si256(),
+        };
+        let pairs = std::array::from_fn(|i| {
+            let halves = _mm512_castsi256_si512(words(2 * i));
+            let halves = _mm512_inserti64x4::<1>(halves, words(2 * i + 1));
+            _mm512_permutexvar_epi16(interleave, halves)
+        });
+        for (out, words) in out.as_chunks_mut::<GROUP>().0.iter_mut().zip(transpose(pairs)) {
+            // SAFETY: there are 32 numbers.
+            unsafe { _mm512_mask_storeu_epi16(out.as_mut_ptr().cast(), mask, words) };
         }
     }
 }
