@@ -7,7 +7,7 @@
 //! A column's maximum is only raised when a block exceeds it by [`SLACK`]: then earlier sums are
 //! scaled, which hardly ever happens after the first block. A weight is at most `2^SLACK`.
 
-use std::{arch::x86_64::*, cell::RefCell, mem::transmute};
+use std::{arch::x86_64::*, cell::RefCell};
 
 use super::{
     exp2,
@@ -110,17 +110,12 @@ pub(super) unsafe fn attention(task: &TileAttention<'_>) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
 unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch) {
     let row = task.shape.row;
-    let last = task.columns.end - 1;
-    let token = |column: usize| column.min(last) / task.group;
+    let places = places(task, first);
     scratch.queries.resize(row, Pairs([0; LANES]));
     scratch.sums.clear();
     scratch.sums.resize(2 * row, Numbers::of(0.0));
     for (half, queries) in scratch.queries.chunks_exact_mut(row / 2).enumerate() {
-        let of = |i: usize| {
-            let column = (first + half * LANES + i).min(last);
-            let start = column / task.group * task.query_stride + column % task.group * row;
-            &task.queries[start..][..row]
-        };
+        let of = |i: usize| &task.queries[places.query[half * LANES + i]..][..row];
         for (part, queries) in queries.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             // SAFETY: every query has a whole number of 32 words.
             let words = |i| unsafe { _mm512_loadu_si512(of(i)[part * GROUP..].as_ptr().cast()) };
@@ -132,12 +127,11 @@ unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch)
     }
     scratch.states.iter_mut().for_each(Column::reset);
     let positions: [_; 2] = std::array::from_fn(|half| {
-        let position = |i| (task.first + token(first + half * LANES + i)) as i32;
-        let positions: [i32; LANES] = std::array::from_fn(position);
+        let positions = &places.position[half * LANES..][..LANES];
         // SAFETY: there are 16 positions.
         unsafe { _mm512_loadu_si512(positions.as_ptr().cast()) }
     });
-    let (earliest, end) = (task.first + token(first), task.first + token(first + COLUMNS - 1) + 1);
+    let (earliest, end) = (places.position[0] as usize, places.position[COLUMNS - 1] as usize + 1);
     for start in (0..end).step_by(BLOCK) {
         // Whole groups, of which the keys after the last column are masked.
         let len = (end - start).next_multiple_of(GROUP).min(BLOCK);
@@ -163,8 +157,40 @@ unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch)
         scratch.states.iter().zip(scratch.sums.chunks_exact_mut(row)).enumerate()
     {
         // SAFETY: as above.
-        unsafe { state.finish(task, first + half * LANES, sums) };
+        unsafe { state.finish(task, &places, half * LANES, sums) };
     }
+}
+
+/// Where each of 32 columns is.
+struct Places {
+    /// First word of its query.
+    query: [usize; COLUMNS],
+    /// Its position in the sequence.
+    position: [i32; COLUMNS],
+    /// First of its numbers in the output.
+    out: [usize; COLUMNS],
+    /// Number of columns that are not repetitions of the last.
+    len: usize,
+}
+
+/// Places of the columns from `first` on; those beyond the last one repeat it.
+fn places(task: &TileAttention<'_>, first: usize) -> Places {
+    let len = COLUMNS.min(task.columns.end - first);
+    let [query, out] = [[0; COLUMNS]; 2];
+    let mut places = Places { query, position: [0; COLUMNS], out, len };
+    let (mut token, mut head) = (first / task.group, first % task.group);
+    for i in 0..COLUMNS {
+        places.query[i] = token * task.query_stride + head * task.shape.row;
+        places.position[i] = (task.first + token) as i32;
+        places.out[i] = task.out_start + token * task.out_stride + head * task.head_dim;
+        if i + 1 < len {
+            head += 1;
+            if head == task.group {
+                (token, head) = (token + 1, 0);
+            }
+        }
+    }
+    places
 }
 
 impl Column {
@@ -217,8 +243,6 @@ impl Column {
             }
         }
         let zero = _mm512_mul_ps(max, log2_e);
-        // SAFETY: there are 32 numbers.
-        let interleave = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
         let mut totals = self.totals.each_ref().map(|total| total.load());
         let fours = self.scores[..len].as_chunks::<4>().0.iter();
         for (j, (scores, pairs)) in fours.zip(self.weights.as_chunks_mut::<2>().0).enumerate() {
@@ -228,15 +252,9 @@ impl Column {
             });
             totals = std::array::from_fn(|i| _mm512_add_ps(totals[i], weights[i]));
             for (i, pairs) in pairs.iter_mut().enumerate() {
-                // SAFETY: registers of 512 bits; there are 16 pairs.
-                unsafe {
-                    let halves = _mm512_cvtne2ps_pbh(weights[2 * i + 1], weights[2 * i]);
-                    let words = _mm512_permutexvar_epi16(
-                        interleave,
-                        transmute::<__m512bh, __m512i>(halves),
-                    );
-                    _mm512_store_si512(pairs.0.as_mut_ptr().cast(), words);
-                }
+                let words = pair(weights[2 * i], weights[2 * i + 1]);
+                // SAFETY: there are 16 pairs.
+                unsafe { _mm512_store_si512(pairs.0.as_mut_ptr().cast(), words) };
             }
         }
         for (sum, total) in self.totals.iter_mut().zip(totals) {
@@ -244,13 +262,19 @@ impl Column {
         }
     }
 
-    /// Divides by the sums of weights and writes the columns from `first` on, of which there may be fewer.
+    /// Divides by the sums of weights and writes the columns from number `first` of the 32 on.
     ///
     /// # Safety
     /// As [`attention`].
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn finish(&self, task: &TileAttention<'_>, first: usize, sums: &[Numbers]) {
+    unsafe fn finish(
+        &self,
+        task: &TileAttention<'_>,
+        places: &Places,
+        first: usize,
+        sums: &[Numbers],
+    ) {
         let [a, b, c, d] = self.totals.each_ref().map(|total| total.load());
         let total = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
         let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), total);
@@ -262,13 +286,11 @@ impl Column {
                 .map(|sums| _mm512_castps_si512(_mm512_mul_ps(sums.load(), inverse)));
             let len = LANES.min(dim - part * LANES);
             let mask = ((1_u32 << len) - 1) as __mmask16;
-            let columns = first..task.columns.end.min(first + LANES);
-            for (column, numbers) in columns.zip(transpose(rows)) {
-                let (token, head) = (column / task.group, column % task.group);
-                let place = token * task.out_stride + task.out_start + head * dim + part * LANES;
+            let outs = places.out[..places.len].iter().skip(first);
+            for (start, numbers) in outs.zip(transpose(rows)) {
                 // SAFETY: this function's contract; the mask leaves `len` numbers.
                 unsafe {
-                    let out = task.out.range(place, len);
+                    let out = task.out.range(start + part * LANES, len);
                     _mm512_mask_storeu_epi32(out.as_mut_ptr().cast(), mask, numbers);
                 }
             }
@@ -395,6 +417,20 @@ unsafe fn multiply<const ADD: bool>(
             call!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",);
         }
     }
+}
+
+/// Pairs of the nearest bf16 numbers, of two the upper one. Quicker than the conversion of the instruction
+/// set and a permutation; for numbers that are not negative.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pair(first: __m512, second: __m512) -> __m512i {
+    let half = _mm512_set1_epi32(0x8000);
+    let rounded = |x| _mm512_add_epi32(_mm512_castps_si512(x), half);
+    // `a ? b : c` by the bits of the mask.
+    const SELECT: i32 = 0xca;
+    let upper = _mm512_set1_epi32(!0xffff);
+    let first = _mm512_srli_epi32::<16>(rounded(first));
+    _mm512_ternarylogic_epi32::<SELECT>(upper, rounded(second), first)
 }
 
 /// Words 0 and 16, 1 and 17, …
