@@ -4,7 +4,10 @@
 
 use std::convert::Infallible;
 
-use alknet_kernels::{Engine, Heads, Isa, MatrixSource, PackedMatrix, QuantizedRows, Segment};
+use alknet_kernels::{
+    Engine, Extension, Heads, Isa, KeyValues, MatrixSource, PackedMatrix, Projection,
+    QuantizedRows, Segment,
+};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 const HIDDEN: usize = 576;
@@ -76,17 +79,23 @@ fn row_steps(c: &mut Criterion) {
 fn attention(c: &mut Criterion) {
     let mut group = c.benchmark_group("attention");
     for engine in engines() {
+        let w = matrix(&engine, HEADS.qkv_width(), HIDDEN);
         for len in [16, 128, 1024] {
             let pass = engine.pass();
             let rows = len.min(256);
-            let (keys, values) =
-                (numbers(len * HEADS.kv_width()), numbers(len * HEADS.kv_width() + 1));
-            let segment =
-                Segment { rows: 0..rows, first: len - rows, keys: &keys, values: &values[1..] };
-            let qkv = numbers(rows * HEADS.qkv_width());
+            let (mut q, mut x) = (QuantizedRows::default(), Projection::default());
+            pass.quantize(&mut numbers(len * HIDDEN), HIDDEN, &mut q);
+            pass.qkv(&q, &w, HEADS, &numbers(len * HEADS.head_dim), &mut x);
+            let mut cache = KeyValues::default();
+            pass.extend(
+                HEADS,
+                &x,
+                &mut [Extension { rows: 0..len, expected: len, cache: &mut cache }],
+            );
+            let segment = Segment { rows: 0..rows, first: len - rows, cache: &cache };
             let mut out = vec![0.0; rows * HEADS.query_width()];
             group.bench_function(BenchmarkId::new(engine.isa().name(), len), |b| {
-                b.iter(|| pass.attention(HEADS, std::slice::from_ref(&segment), &qkv, &mut out));
+                b.iter(|| pass.attention(HEADS, std::slice::from_ref(&segment), &x, &mut out));
             });
         }
     }

@@ -219,10 +219,7 @@ impl Firewall {
     pub(crate) fn read(&self, cases: &mut [Case<'_>]) -> Result<()> {
         let unread = |(c, case): (usize, &Case<'_>)| {
             let frames = case.pieces.iter().map(|piece| &piece.frames).enumerate();
-            frames
-                .filter(|(_, frames)| frames.is_empty())
-                .map(|(p, _)| (c, p))
-                .collect::<Vec<_>>()
+            frames.filter(|(_, frames)| frames.is_empty()).map(|(p, _)| (c, p)).collect::<Vec<_>>()
         };
         let pieces: Vec<(usize, usize)> = cases.iter().enumerate().flat_map(unread).collect();
         for pass in passes(&pieces, |&(c, p)| cases[c].pieces[p].tokens.len()) {

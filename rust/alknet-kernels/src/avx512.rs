@@ -24,6 +24,7 @@ pub(crate) static KERNELS: Kernels = Kernels {
     finish_gate_up,
     finish_qkv,
     attention,
+    tiles: None,
 };
 
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]

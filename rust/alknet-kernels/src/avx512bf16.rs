@@ -19,7 +19,7 @@ pub(crate) static KERNELS: Kernels = Kernels { isa: Isa::Avx512Bf16, attention, 
 
 thread_local! {
     /// Buffers of attention in bf16, some 100 KiB per thread.
-    pub(crate) static SCRATCH: RefCell<AttentionScratch<u32>> = RefCell::default();
+    static SCRATCH: RefCell<AttentionScratch<u32>> = RefCell::default();
 }
 
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -28,7 +28,7 @@ fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
 }
 
 /// Pairs of bf16 numbers, the first in the lower half of a word.
-pub(crate) struct Bf16;
+struct Bf16;
 
 impl Arithmetic for Bf16 {
     type Word = u32;
@@ -40,7 +40,14 @@ impl Arithmetic for Bf16 {
         len: usize,
         buffer: &'a mut Vec<u32>,
     ) -> Operand<'a, u32> {
-        pair_keys(task, start, len, task.head_dim / 2, buffer)
+        let row = task.head_dim / 2;
+        buffer.resize(len * row, 0);
+        for (j, out) in buffer.chunks_exact_mut(row).enumerate() {
+            let key = &task.keys[(start + j) * task.stride..][..task.head_dim];
+            // SAFETY: only this file's `attention` comes here, on a CPU with BF16.
+            unsafe { pair_neighbours(key, out) };
+        }
+        Operand { words: buffer, row, column: 1 }
     }
 
     #[inline(always)]
@@ -89,29 +96,9 @@ impl Arithmetic for Bf16 {
     }
 }
 
-/// Keys from `start` on in pairs of neighbours, rows of `row` words filled with zeros.
-#[inline(always)]
-pub(crate) fn pair_keys<'a>(
-    task: &AttentionTask<'a>,
-    start: usize,
-    len: usize,
-    row: usize,
-    buffer: &'a mut Vec<u32>,
-) -> Operand<'a, u32> {
-    buffer.resize(len * row, 0);
-    for (j, out) in buffer.chunks_exact_mut(row).enumerate() {
-        let key = &task.keys[(start + j) * task.stride..][..task.head_dim];
-        let (out, filling) = out.split_at_mut(task.head_dim / 2);
-        filling.fill(0);
-        // SAFETY: only attention in bf16 comes here, on a CPU with BF16.
-        unsafe { pair_neighbours(key, out) };
-    }
-    Operand { words: buffer, row, column: 1 }
-}
-
 /// Pairs rows `2j` and `2j + 1` of `len` rows; the partner of a last odd row is zero.
 #[inline(always)]
-pub(crate) fn pair_all<'a>(
+fn pair_all<'a>(
     rows: impl Fn(usize) -> &'a [f32],
     len: usize,
     width: usize,

@@ -7,10 +7,21 @@ use crate::{amx, avx2, avx512, avx512bf16, avxvnni};
 use crate::{
     attention::{AttentionTask, FP32_SCRATCH, Portable, attention},
     isa::{Isa, UnsupportedIsa},
+    keys::BlockShape,
+    ops::Heads,
     pack::PackedMatrix,
+    pool::Shared,
     rows::{Excess, QuantizedRows},
     scalar::{self, K_ALIGN, LANES, Place, TileHeads},
 };
+
+/// Some rows of `x` times some panels of `w`.
+pub(crate) struct Product<'a> {
+    pub(crate) x: &'a QuantizedRows,
+    pub(crate) rows: Range<usize>,
+    pub(crate) w: &'a PackedMatrix,
+    pub(crate) panels: Range<usize>,
+}
 
 type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);
 type Split = unsafe fn(&mut [i8], &mut [Excess]) -> usize;
@@ -19,6 +30,60 @@ type Matmul = unsafe fn(&QuantizedRows, Range<usize>, &PackedMatrix, Range<usize
 type FinishTile = unsafe fn(&[f32], usize, usize, &Place<'_>);
 type FinishQkv = unsafe fn(&mut [f32], &TileHeads<'_>, &[f32], &Place<'_>);
 type Attention = unsafe fn(&AttentionTask<'_>, &mut [f32]);
+
+/// Consecutive columns of attention of one key/value head: for every token the query heads that share it.
+pub(crate) struct TileAttention<'a> {
+    /// Query heads that share the key/value head.
+    pub(crate) group: usize,
+    /// Width of a head.
+    pub(crate) head_dim: usize,
+    /// Position of the first token of the segment.
+    pub(crate) first: usize,
+    /// Columns of the segment: `token · group + head`.
+    pub(crate) columns: Range<usize>,
+    /// bf16 rows `query_stride` apart, one a token of the segment: `[group, shape.row]`.
+    pub(crate) queries: &'a [u16],
+    /// Words from one row of queries to the next.
+    pub(crate) query_stride: usize,
+    /// The head's keys and values of the first block, and all that follows.
+    pub(crate) words: &'a [u16],
+    /// Measures of blocks.
+    pub(crate) shape: BlockShape,
+    /// Rows `out_stride` apart, one a token of the segment, the first of them at `out_start`.
+    pub(crate) out: &'a Shared<f32>,
+    pub(crate) out_start: usize,
+    pub(crate) out_stride: usize,
+}
+
+/// Values of one head for some positions of one group (see [`crate::keys::KeyBlocks`]).
+pub(crate) struct StoreValues<'a> {
+    /// bf16 rows `stride` apart, one a position: `[row]`.
+    pub(crate) rows: &'a [u16],
+    pub(crate) stride: usize,
+    /// Place of the first position in the group.
+    pub(crate) first: usize,
+    /// Number of positions.
+    pub(crate) len: usize,
+    /// Numbers in a row.
+    pub(crate) row: usize,
+}
+
+type Finished = unsafe fn(&Product<'_>, usize, &Shared<f32>);
+type Project = unsafe fn(&Product<'_>, &Heads, &[f32], &Shared<u16>);
+
+/// Kernels that finish their products themselves, without a buffer of numbers in between, and whose
+/// attention reads bf16 numbers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TileKernels {
+    pub(crate) copy: Finished,
+    pub(crate) add: Finished,
+    pub(crate) gate_up: Finished,
+    pub(crate) qkv: Project,
+    pub(crate) store_values: unsafe fn(&StoreValues<'_>, &mut [u16]),
+    pub(crate) attention: unsafe fn(&TileAttention<'_>),
+    /// Columns that attention computes together.
+    pub(crate) columns: usize,
+}
 
 /// Kernels of one instruction set that this CPU has.
 ///
@@ -36,6 +101,8 @@ pub(crate) struct Kernels {
     pub(crate) finish_gate_up: FinishTile,
     pub(crate) finish_qkv: FinishQkv,
     pub(crate) attention: Attention,
+    /// Used in place of the ones above where there are any.
+    pub(crate) tiles: Option<TileKernels>,
 }
 
 static SCALAR: Kernels = Kernels {
@@ -54,6 +121,7 @@ static SCALAR: Kernels = Kernels {
     attention: |task, out| {
         FP32_SCRATCH.with_borrow_mut(|scratch| attention::<Portable>(task, scratch, out));
     },
+    tiles: None,
 };
 
 impl Kernels {

@@ -3,12 +3,14 @@
 //! Linear products multiply 8-bit weights, one scale per output, by 8-bit activations, one scale per
 //! token, and add up in 32-bit integers. Both sides are first rotated by a block Hadamard matrix,
 //! which leaves the product as it is and spreads outlying channels over their block, so that one
-//! scale per token is enough. Everything else is fp32.
+//! scale per token is enough. Everything else is fp32, but for attention's products of bf16 numbers.
 //!
 //! Integer sums are exact and every fp32 step has one order of operations, so a row's result does
-//! not depend on its batch, on the number of threads, or on how the input was cut into chunks. Only
-//! attention's products round differently between instruction sets: [`Isa::Scalar`] does not fuse
-//! multiply and add, [`Isa::Avx512Bf16`] and [`Isa::Amx`] round their inputs to bf16; the others agree.
+//! not depend on its batch, on the number of threads, or on how the input was cut into chunks. Linear
+//! products are the same to the bit on all instruction sets. Attention's round differently:
+//! [`Isa::Scalar`] does not fuse multiply and add, [`Isa::Avx512Bf16`] and [`Isa::Amx`] round their
+//! inputs to bf16; the others agree. [`Isa::Amx`] keeps keys and values in bf16, and its exponentials,
+//! SiLU's too, are within a part in 9,000.
 //!
 //! The scalar code is the specification; one file per instruction set stands beside it:
 //!
@@ -17,10 +19,13 @@
 //! | `isa.rs` | which instruction sets this CPU has |
 //! | `scalar.rs`, `attention.rs` | what every kernel computes, written so that LLVM vectorises it |
 //! | `avx2.rs`, `avxvnni.rs`, `avx512.rs`, `avx512bf16.rs`, `amx.rs` | the same kernels, with intrinsics where LLVM falls short |
+//! | `amx/products.rs`, `amx/attention.rs`, `amx/tiles.rs` | linear products and attention on AMX tiles, and the tiles |
 //! | `bytes.rs` | the product of bytes that `avx2.rs`, `avxvnni.rs` and `avx512.rs` share |
 //! | `dispatch.rs` | the table of kernels of one instruction set |
 //! | `pack.rs` | 8-bit weights in the order in which the kernels read them |
 //! | `rows.rs` | 8-bit activations |
+//! | `keys.rs` | queries, keys and values, in fp32 rows or as bf16 tiles |
+//! | `lines.rs` | numbers in whole cache lines |
 //! | `pool.rs` | the thread pool |
 //! | `ops.rs` | the steps of a decoder block, over all threads: the crate's safe surface |
 //!
@@ -41,6 +46,8 @@ mod avxvnni;
 mod bytes;
 mod dispatch;
 mod isa;
+mod keys;
+mod lines;
 mod ops;
 mod pack;
 mod pool;
@@ -50,7 +57,8 @@ mod scalar;
 mod tests;
 
 pub use isa::{Isa, UnknownIsa, UnsupportedIsa};
-pub use ops::{Engine, Heads, Pass, Segment};
+pub use keys::{KeyValues, Projection};
+pub use ops::{Engine, Extension, Heads, Pass, Segment};
 pub use pack::{MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Widen, padded_outputs};
 pub use pool::{Pool, Turn};
 pub use rows::QuantizedRows;

@@ -4,8 +4,9 @@ use std::{cell::RefCell, ops::Range};
 
 use crate::{
     attention::{AttentionTask, tokens_per_block},
-    dispatch::Kernels,
+    dispatch::{Kernels, Product, StoreValues, TileAttention, TileKernels},
     isa::{Isa, UnsupportedIsa},
+    keys::{BLOCK, BlockShape, GROUP, KeyValues, Projection},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
     pool::{Pool, Shared, Turn},
     rows::{Excess, QuantizedRows},
@@ -73,7 +74,7 @@ pub struct Heads {
 impl Heads {
     /// Numbers in a row of the joint projection.
     pub fn qkv_width(&self) -> usize {
-        (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        self.all() * self.head_dim
     }
 
     /// Numbers in a row of keys, or of values.
@@ -91,6 +92,21 @@ impl Heads {
         self.num_attention_heads / self.num_key_value_heads
     }
 
+    /// All heads of the joint projection.
+    fn all(&self) -> usize {
+        self.num_attention_heads + 2 * self.num_key_value_heads
+    }
+
+    /// What a head of the joint projection is multiplied by after its rotation; nothing for values,
+    /// which are not rotated.
+    pub(crate) fn scale(&self, head: usize) -> Option<f32> {
+        match head {
+            _ if head < self.num_attention_heads => Some(1.0 / (self.head_dim as f32).sqrt()),
+            _ if head < self.num_attention_heads + self.num_key_value_heads => Some(1.0),
+            _ => None,
+        }
+    }
+
     /// Outputs of one head in the packed joint projection.
     pub fn packed_head(&self) -> usize {
         padded_outputs(self.head_dim)
@@ -104,10 +120,19 @@ pub struct Segment<'a> {
     pub rows: Range<usize>,
     /// Position of the first of them in its sequence.
     pub first: usize,
-    /// `[first + rows.len(), kv_width]`, rotated.
-    pub keys: &'a [f32],
-    /// `[first + rows.len(), kv_width]`.
-    pub values: &'a [f32],
+    /// Keys and values of all positions up to the last of the rows.
+    pub cache: &'a KeyValues,
+}
+
+/// Rows of a chunk whose keys and values are added to a sequence's.
+#[derive(Debug)]
+pub struct Extension<'a> {
+    /// Rows of the chunk.
+    pub rows: Range<usize>,
+    /// Positions of this sequence that are still to come, these included: memory is set aside for them.
+    pub expected: usize,
+    /// Where they go.
+    pub cache: &'a mut KeyValues,
 }
 
 /// A turn on the pool, and the steps that can be run during it.
@@ -207,22 +232,18 @@ impl Pass {
         });
     }
 
-    /// Computes `x · Wᵀ + bias` tile by tile; `finish(rows, panels, tile)` is called for each.
-    ///
-    /// Tasks begin at multiples of `unit` panels and hold whole units.
-    ///
-    /// # Shapes
-    /// - `tile`: `[rows, panels · 16]`
-    fn for_tiles(
+    /// Cuts `x · Wᵀ` into tasks. They begin at multiples of `unit` panels and hold whole units.
+    fn for_products(
         &self,
         x: &QuantizedRows,
         w: &PackedMatrix,
         unit: usize,
-        finish: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+        run: impl Fn(&Product<'_>) + Sync,
     ) {
+        assert_eq!(x.width(), w.inputs());
         let tasks = MIN_TASKS_PER_THREAD * self.turn.threads();
         // Few rows: long runs of panels, which can be fetched ahead. Many: tiles that stay in cache.
-        let few = x.rows() <= ROW_BLOCK;
+        let few = x.rows() <= ROW_BLOCK || self.kernels.tiles.is_some();
         let units = if few { (w.panels() / unit / tasks).max(1) } else { 1 };
         let task_panels = units * unit;
         let column_tasks = w.panels().div_ceil(task_panels);
@@ -233,6 +254,22 @@ impl Pass {
             let first = column_task * task_panels;
             let panels = first..w.panels().min(first + task_panels);
             let rows = row_task * task_rows..x.rows().min((row_task + 1) * task_rows);
+            run(&Product { x, rows, w, panels });
+        });
+    }
+
+    /// Computes `x · Wᵀ + bias` tile by tile; `finish(rows, panels, tile)` is called for each.
+    ///
+    /// # Shapes
+    /// - `tile`: `[rows, panels · 16]`
+    fn for_tiles(
+        &self,
+        x: &QuantizedRows,
+        w: &PackedMatrix,
+        unit: usize,
+        finish: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+    ) {
+        self.for_products(x, w, unit, |Product { rows, panels, .. }| {
             with_buffer(ROW_BLOCK.min(rows.len()) * panels.len() * LANES, |tile| {
                 for start in rows.clone().step_by(ROW_BLOCK) {
                     let rows = start..rows.end.min(start + ROW_BLOCK);
@@ -256,6 +293,15 @@ impl Pass {
         out: &mut [f32],
     ) {
         let out = Shared::new(out);
+        if let Some(tiles) = &self.kernels.tiles {
+            let kernel = if ADD { tiles.add } else { tiles.copy };
+            self.for_products(x, w, PANEL_PAIR, |product| {
+                // SAFETY: every tile of the output belongs to one task; the table of kernels was
+                // handed out after the CPU check.
+                unsafe { kernel(product, width, &out) };
+            });
+            return;
+        }
         self.for_tiles(x, w, PANEL_PAIR, |rows, panels, tile| {
             let first = panels.start * LANES;
             let len = (panels.end * LANES).min(width) - first;
@@ -271,7 +317,14 @@ impl Pass {
     /// - `out`: `[rows, width]`
     pub fn gate_up(&self, x: &QuantizedRows, w: &PackedMatrix, width: usize, out: &mut [f32]) {
         let out = Shared::new(out);
-        self.for_tiles(x, w, 2, |rows, panels, tile| {
+        if let Some(tiles) = &self.kernels.tiles {
+            self.for_products(x, w, PANEL_PAIR, |product| {
+                // SAFETY: as above.
+                unsafe { (tiles.gate_up)(product, width, &out) };
+            });
+            return;
+        }
+        self.for_tiles(x, w, PANEL_PAIR, |rows, panels, tile| {
             let first = panels.start / 2 * LANES;
             let len = (panels.end / 2 * LANES).min(width) - first;
             let place = Place { out: &out, start: rows.start * width + first, stride: width };
@@ -285,20 +338,29 @@ impl Pass {
     /// # Shapes
     /// - `w`: every head fills [`Heads::packed_head`] outputs
     /// - `angles`: `[rows, head_dim]`, cosines of the row's rotary angles, then sines
-    /// - `out`: `[rows, qkv_width]`
     pub fn qkv(
         &self,
         x: &QuantizedRows,
         w: &PackedMatrix,
         heads: Heads,
         angles: &[f32],
-        out: &mut [f32],
+        out: &mut Projection,
     ) {
         let (dim, padded) = (heads.head_dim, heads.packed_head());
-        let mut scales = vec![Some(1.0 / (dim as f32).sqrt()); heads.num_attention_heads];
-        scales.resize(scales.len() + heads.num_key_value_heads, Some(1.0));
-        scales.resize(scales.len() + heads.num_key_value_heads, None);
-        let out = Shared::new(out);
+        assert!(w.outputs() == heads.all() * padded && angles.len() == x.rows() * dim);
+        if let Some(tiles) = &self.kernels.tiles {
+            out.words.resize(x.rows() * Projection::width(&heads));
+            let out = Shared::new(&mut out.words);
+            self.for_products(x, w, padded / LANES, |product| {
+                // SAFETY: every head of a row belongs to one task; the table of kernels was handed
+                // out after the CPU check.
+                unsafe { (tiles.qkv)(product, &heads, angles, &out) };
+            });
+            return;
+        }
+        let scales: Vec<_> = (0..heads.all()).map(|head| heads.scale(head)).collect();
+        out.numbers.resize(x.rows() * heads.qkv_width(), 0.0);
+        let out = Shared::new(&mut out.numbers);
         self.for_tiles(x, w, padded / LANES, |rows, panels, tile| {
             let within = panels.start * LANES / padded..panels.end * LANES / padded;
             let start = rows.start * heads.qkv_width() + within.start * dim;
@@ -311,11 +373,127 @@ impl Pass {
         });
     }
 
+    /// Adds the keys and values of rows to those of their sequences.
+    pub fn extend(&self, heads: Heads, projection: &Projection, extensions: &mut [Extension<'_>]) {
+        for extension in extensions {
+            match &self.kernels.tiles {
+                Some(tiles) => self.extend_blocks(tiles, heads, &projection.words, extension),
+                None => extend_rows(heads, &projection.numbers, extension),
+            }
+        }
+    }
+
+    /// [`Pass::extend`] in bf16: a task is one group of positions of one head.
+    fn extend_blocks(
+        &self,
+        tiles: &TileKernels,
+        heads: Heads,
+        projection: &[u16],
+        extension: &mut Extension<'_>,
+    ) {
+        let (shape, width) = (BlockShape::new(&heads), Projection::width(&heads));
+        let (rows, blocks) = (extension.rows.clone(), &mut extension.cache.blocks);
+        blocks.reserve(shape, extension.expected);
+        let new = blocks.grow(shape, rows.len());
+        let groups = new.start / GROUP..new.end.div_ceil(GROUP);
+        let words = Shared::new(blocks.words_mut());
+        let pairs = heads.num_key_value_heads;
+        self.turn.for_each(groups.len() * pairs, |task| {
+            let (group, head) = (groups.start + task / pairs, task % pairs);
+            let positions = new.start.max(group * GROUP)..new.end.min((group + 1) * GROUP);
+            let row = rows.start + positions.start - new.start;
+            let place = |kind| {
+                Projection::place(&heads, row, heads.num_attention_heads + kind * pairs + head)
+            };
+            let first = positions.start % GROUP;
+            let block = positions.start / BLOCK * shape.block() + head * 2 * shape.half();
+            let in_block = group % (BLOCK / GROUP) * GROUP;
+            // SAFETY: every group of a head belongs to one task.
+            let (keys, values) = unsafe {
+                let keys = block + (in_block + first) * shape.row;
+                let values = block + shape.half() + in_block * shape.row;
+                (
+                    words.range(keys, positions.len() * shape.row),
+                    words.range(values, GROUP * shape.row),
+                )
+            };
+            for (i, key) in keys.chunks_exact_mut(shape.row).enumerate() {
+                key.copy_from_slice(&projection[place(0) + i * width..][..shape.row]);
+            }
+            let rows = &projection[place(1)..];
+            let len = positions.len();
+            let task = StoreValues { rows, stride: width, first, len, row: shape.row };
+            // SAFETY: the table of kernels was handed out after the CPU check.
+            unsafe { (tiles.store_values)(&task, values) };
+        });
+    }
+
     /// Causal attention of every segment to its own keys and values.
     ///
     /// # Shapes
-    /// - `qkv`: `[rows, qkv_width]`; `out`: `[rows, query_width]`
-    pub fn attention(&self, heads: Heads, segments: &[Segment<'_>], qkv: &[f32], out: &mut [f32]) {
+    /// - `out`: `[rows, query_width]`
+    pub fn attention(
+        &self,
+        heads: Heads,
+        segments: &[Segment<'_>],
+        projection: &Projection,
+        out: &mut [f32],
+    ) {
+        match &self.kernels.tiles {
+            Some(tiles) => self.attend_to_blocks(tiles, heads, segments, &projection.words, out),
+            None => self.attend_to_rows(heads, segments, &projection.numbers, out),
+        }
+    }
+
+    /// [`Pass::attention`] in bf16.
+    fn attend_to_blocks(
+        &self,
+        tiles: &TileKernels,
+        heads: Heads,
+        segments: &[Segment<'_>],
+        projection: &[u16],
+        out: &mut [f32],
+    ) {
+        let (dim, group) = (heads.head_dim, heads.group());
+        let (shape, query_stride) = (BlockShape::new(&heads), Projection::width(&heads));
+        let columns = |segment: &Segment<'_>| segment.rows.len() * group;
+        let all = segments.iter().map(columns).sum::<usize>() * heads.num_key_value_heads;
+        let fair = all / (MIN_TASKS_PER_THREAD * self.turn.threads());
+        let size = tiles.columns * fair.div_ceil(tiles.columns).clamp(1, MAX_QUERY_BLOCKS);
+        // The last tokens see most keys: the longest tasks come first.
+        let mut tasks = Vec::new();
+        for segment in segments {
+            assert!(segment.cache.blocks.positions >= segment.first + segment.rows.len());
+            for start in (0..columns(segment)).step_by(size).rev() {
+                for head in 0..heads.num_key_value_heads {
+                    tasks.push((segment, start..columns(segment).min(start + size), head));
+                }
+            }
+        }
+        let out = Shared::new(out);
+        self.turn.for_each(tasks.len(), |task| {
+            let (segment, columns, head) = &tasks[task];
+            let task = TileAttention {
+                group,
+                head_dim: dim,
+                first: segment.first,
+                columns: columns.clone(),
+                queries: &projection[Projection::place(&heads, segment.rows.start, head * group)..],
+                query_stride,
+                words: &segment.cache.blocks.words()[head * 2 * shape.half()..],
+                shape,
+                out: &out,
+                out_start: segment.rows.start * heads.query_width() + head * group * dim,
+                out_stride: heads.query_width(),
+            };
+            // SAFETY: every head of a token belongs to one task; the table of kernels was handed out
+            // after the CPU check.
+            unsafe { (tiles.attention)(&task) };
+        });
+    }
+
+    /// [`Pass::attention`] in fp32.
+    fn attend_to_rows(&self, heads: Heads, segments: &[Segment<'_>], qkv: &[f32], out: &mut [f32]) {
         let block = tokens_per_block(heads.group());
         let all = segments.iter().map(|segment| segment.rows.len()).sum::<usize>();
         let fair = all * heads.num_key_value_heads / (MIN_TASKS_PER_THREAD * self.turn.threads());
@@ -341,8 +519,8 @@ impl Pass {
                 head_dim: dim,
                 queries: &qkv[row * heads.qkv_width() + head * group * dim..],
                 query_stride: heads.qkv_width(),
-                keys: &segment.keys[head * dim..],
-                values: &segment.values[head * dim..],
+                keys: &segment.cache.keys[head * dim..],
+                values: &segment.cache.values[head * dim..],
                 stride: heads.kv_width(),
             };
             with_buffer(group * tokens.len() * dim, |result| {
@@ -355,6 +533,19 @@ impl Pass {
                 }
             });
         });
+    }
+}
+
+/// [`Pass::extend`] in fp32.
+fn extend_rows(heads: Heads, projection: &[f32], extension: &mut Extension<'_>) {
+    let KeyValues { keys, values, .. } = extension.cache;
+    keys.reserve_exact(extension.expected * heads.kv_width());
+    values.reserve_exact(extension.expected * heads.kv_width());
+    for row in extension.rows.clone() {
+        let row = &projection[row * heads.qkv_width()..][..heads.qkv_width()];
+        let (new_keys, new_values) = row[heads.query_width()..].split_at(heads.kv_width());
+        keys.extend_from_slice(new_keys);
+        values.extend_from_slice(new_values);
     }
 }
 

@@ -1,6 +1,9 @@
 //! 8-bit activations: `x ≈ scale · q`, one scale per row.
 
-use crate::scalar::{K_ALIGN, hadamard_block};
+use crate::{
+    lines::Lines,
+    scalar::{K_ALIGN, hadamard_block},
+};
 
 /// Rows of a linear product's input: rotated, then rounded to 8 bits.
 ///
@@ -14,7 +17,7 @@ use crate::scalar::{K_ALIGN, hadamard_block};
 pub struct QuantizedRows {
     width: usize,
     stride: usize,
-    pub(crate) data: Vec<i8>,
+    pub(crate) data: Lines<i8>,
     pub(crate) scales: Vec<f32>,
     pub(crate) offsets: Vec<i32>,
     pub(crate) excess: Vec<Excess>,
@@ -34,7 +37,7 @@ impl QuantizedRows {
     pub(crate) fn reshape(&mut self, rows: usize, width: usize) {
         self.width = width;
         self.stride = width.next_multiple_of(K_ALIGN);
-        self.data.resize(rows * self.stride, 0);
+        self.data.resize(rows * self.stride);
         self.scales.resize(rows, 0.0);
         self.offsets.resize(rows, 0);
     }

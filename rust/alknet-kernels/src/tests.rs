@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 
 use crate::{
-    Engine, Heads, Isa, MatrixSource, PackedMatrix, QuantizedRows, Segment,
+    Engine, Extension, Heads, Isa, KeyValues, MatrixSource, PackedMatrix, Pass, Projection,
+    QuantizedRows, Segment,
     attention::AttentionTask,
     dispatch::Kernels,
     padded_outputs,
@@ -41,6 +42,32 @@ fn pack(engine: &Engine, outputs: usize, inputs: usize, weights: &[f32]) -> Pack
     let bias = noise(9, outputs);
     let outputs = padded_outputs(outputs);
     engine.pass().pack(vec![MatrixSource { outputs, inputs, widen, bias }]).unwrap().remove(0)
+}
+
+/// Rows of queries, keys and values in both forms.
+fn projection(heads: &Heads, numbers: Vec<f32>) -> Projection {
+    let mut projection = Projection::default();
+    let all = numbers.chunks_exact(heads.head_dim);
+    let width = Projection::width(heads);
+    projection.words.resize(numbers.len() / heads.qkv_width() * width);
+    let words = projection.words.chunks_exact_mut(Projection::place(heads, 0, 1));
+    for (words, numbers) in words.zip(all) {
+        for (word, x) in words.iter_mut().zip(numbers) {
+            let bits = x.to_bits();
+            *word = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+        }
+    }
+    Projection { numbers, ..projection }
+}
+
+/// Adds rows to `cache`, in as many chunks as there are `ends`.
+fn extend(pass: &Pass, heads: Heads, x: &Projection, ends: &[usize], cache: &mut KeyValues) {
+    let mut start = 0;
+    for &end in ends {
+        let (rows, expected) = (start..end, end - start);
+        pass.extend(heads, x, &mut [Extension { rows, expected, cache: &mut *cache }]);
+        start = end;
+    }
 }
 
 fn bits(x: &[f32]) -> Vec<u32> {
@@ -111,9 +138,11 @@ fn tiles_are_released_when_a_step_ends() {
     let (pass, mut q, mut out) = (engine.pass(), QuantizedRows::default(), vec![0.0; 20 * 40]);
     pass.quantize(&mut noise(2, 20 * 70), 70, &mut q);
     pass.linear::<false>(&q, &w, 40, &mut out);
-    let (keys, values, qkv) = (noise(4, 20 * 8), noise(5, 20 * 8), noise(6, 20 * 32));
-    let segment = Segment { rows: 0..20, first: 0, keys: &keys, values: &values };
-    pass.attention(heads, &[segment], &qkv, &mut out[..20 * 16]);
+    let mut cache = KeyValues::default();
+    let x = projection(&heads, noise(4, 20 * heads.qkv_width()));
+    extend(&pass, heads, &x, &[20], &mut cache);
+    let segment = Segment { rows: 0..20, first: 0, cache: &cache };
+    pass.attention(heads, &[segment], &x, &mut out[..20 * 16]);
     // SAFETY: the CPU has AMX, so that the system uses XSAVE.
     assert_eq!(unsafe { states_in_use() } >> 17 & 3, 0);
 }
@@ -310,6 +339,125 @@ proptest! {
     }
 
     #[test]
+    fn attention_of_a_chunk_is_near_exact(
+        group in 1usize..4,
+        pairs_of_heads in 1usize..3,
+        tokens in 1usize..40,
+        first in 0usize..150,
+        half in 1usize..40,
+        threads in 1usize..3,
+        seed: u64,
+    ) {
+        let (dim, end) = (2 * half, first + tokens);
+        let heads = Heads {
+            num_attention_heads: group * pairs_of_heads,
+            num_key_value_heads: pairs_of_heads,
+            head_dim: dim,
+        };
+        let rows = noise(seed, end * heads.qkv_width());
+        let x = projection(&heads, rows.clone());
+        let keys = heads.query_width();
+        let expected: Vec<_> = (0..pairs_of_heads).map(|head| plain_attention(&AttentionTask {
+            heads: group,
+            first,
+            tokens,
+            head_dim: dim,
+            queries: &rows[first * heads.qkv_width() + head * group * dim..],
+            query_stride: heads.qkv_width(),
+            keys: &rows[keys + head * dim..],
+            values: &rows[keys + heads.kv_width() + head * dim..],
+            stride: heads.qkv_width(),
+        })).collect();
+        for isa in Isa::available() {
+            let engine = Engine::new(Some(isa), Some(threads)).unwrap();
+            let (pass, mut cache) = (engine.pass(), KeyValues::default());
+            extend(&pass, heads, &x, &[first / 2, first, end], &mut cache);
+            prop_assert!(cache.holds(end, heads.kv_width()));
+            let mut out = vec![0.0; end * heads.query_width()];
+            let segment = Segment { rows: first..end, first, cache: &cache };
+            pass.attention(heads, &[segment], &x, &mut out);
+            let epsilon = if isa >= Isa::Avx512Bf16 { 1.0 / 256.0 } else { f32::EPSILON };
+            let bound = f64::from(epsilon) * (4.0 * dim as f64 + 2.0) + 1e-5;
+            for (row, out) in out.chunks_exact(heads.query_width()).enumerate().skip(first) {
+                for (head, found) in out.chunks_exact(dim).enumerate() {
+                    let place = (head % group * tokens + row - first) * dim;
+                    for (found, exact) in found.iter().zip(&expected[head / group][place..]) {
+                        prop_assert!((f64::from(*found) - exact).abs() <= bound, "{isa}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn joint_projections_agree(
+        rows in 1usize..70,
+        half in 1usize..40,
+        group in 1usize..3,
+        threads in 1usize..3,
+        seed: u64,
+    ) {
+        let (dim, inputs) = (2 * half, 64);
+        let heads = Heads { num_attention_heads: 2 * group, num_key_value_heads: 2, head_dim: dim };
+        let all = heads.qkv_width() / dim;
+        let weights = noise(seed, all * dim * inputs);
+        let (x, angles) = (noise(!seed, rows * inputs), noise(seed ^ 5, rows * dim));
+        let run = |isa| {
+            let engine = Engine::new(Some(isa), Some(threads)).unwrap();
+            let widen = |i: usize, out: &mut [f32]| {
+                let (head, place) = (i / heads.packed_head(), i % heads.packed_head());
+                if place < dim {
+                    out.copy_from_slice(&weights[(head * dim + place) * inputs..][..inputs]);
+                }
+                Ok::<(), std::convert::Infallible>(())
+            };
+            let outputs = all * heads.packed_head();
+            let source = MatrixSource { outputs, inputs, widen: Box::new(widen), bias: vec![] };
+            let pass = engine.pass();
+            let w = pass.pack(vec![source]).unwrap().remove(0);
+            let (mut q, mut out) = (QuantizedRows::default(), Projection::default());
+            pass.quantize(&mut x.clone(), inputs, &mut q);
+            pass.qkv(&q, &w, heads, &angles, &mut out);
+            out
+        };
+        let expected = projection(&heads, run(Isa::Scalar).numbers);
+        for isa in vector_isas() {
+            let found = run(isa);
+            if found.words.is_empty() {
+                prop_assert_eq!(bits(&found.numbers), bits(&expected.numbers), "{}", isa);
+                continue;
+            }
+            for (found, expected) in found.words.iter().zip(expected.words.iter()) {
+                let number = |word: u16| f32::from_bits(u32::from(word) << 16);
+                let (found, expected) = (number(*found), number(*expected));
+                prop_assert!((found - expected).abs() <= 1e-5 + expected.abs() / 128.0, "{isa}");
+            }
+        }
+    }
+
+    #[test]
+    fn gates_agree(rows in 1usize..70, width in 1usize..70, threads in 1usize..3, seed: u64) {
+        let inputs = 64;
+        let (x, weights) = (noise(seed, rows * inputs), noise(!seed, 2 * width * inputs));
+        let run = |isa| {
+            let engine = Engine::new(Some(isa), Some(threads)).unwrap();
+            let pass = engine.pass();
+            let w = pack_gate_up(&pass, width, inputs, &weights);
+            let (mut q, mut out) = (QuantizedRows::default(), vec![0.0; rows * width]);
+            pass.quantize(&mut x.clone(), inputs, &mut q);
+            pass.gate_up(&q, &w, width, &mut out);
+            out
+        };
+        let expected = run(Isa::Scalar);
+        for isa in vector_isas() {
+            for (found, expected) in run(isa).iter().zip(&expected) {
+                let bound = if isa == Isa::Amx { expected.abs() / 5_000.0 } else { 0.0 };
+                prop_assert!((found - expected).abs() <= bound, "{isa}: {found}, {expected}");
+            }
+        }
+    }
+
+    #[test]
     fn transposing_moves_every_number(rows in 1usize..40, columns in 1usize..40, gap in 0usize..3) {
         let (stride, out_stride) = (columns + gap, rows + gap);
         let x = noise(1, rows * stride);
@@ -350,11 +498,8 @@ fn products_of_the_largest_numbers_are_exact() {
     }
 }
 
-#[test]
-fn gate_and_up_alternate_in_panels() {
-    let (inputs, width, rows) = (64, 40, 3);
-    let weights = noise(4, 2 * width * inputs);
-    let engine = Engine::new(None, Some(2)).unwrap();
+/// Panels of 16 gates and of the 16 matching ups in turn, of `[2, width, inputs]` weights.
+fn pack_gate_up(pass: &Pass, width: usize, inputs: usize, weights: &[f32]) -> PackedMatrix {
     let widen = |i: usize, out: &mut [f32]| {
         let (row, up) = (i / (2 * LANES) * LANES + i % LANES, i / LANES % 2);
         if row < width {
@@ -364,8 +509,16 @@ fn gate_and_up_alternate_in_panels() {
     };
     let outputs = 2 * padded_outputs(width);
     let source = MatrixSource { outputs, inputs, widen: Box::new(widen), bias: Vec::new() };
+    pass.pack(vec![source]).unwrap().remove(0)
+}
+
+#[test]
+fn gate_and_up_alternate_in_panels() {
+    let (inputs, width, rows) = (64, 40, 3);
+    let weights = noise(4, 2 * width * inputs);
+    let engine = Engine::new(None, Some(2)).unwrap();
     let pass = engine.pass();
-    let w = pass.pack(vec![source]).unwrap().remove(0);
+    let w = pack_gate_up(&pass, width, inputs, &weights);
     let (mut q, mut out) = (QuantizedRows::default(), vec![0.0; rows * width]);
     let x = noise(6, rows * inputs);
     pass.quantize(&mut x.clone(), inputs, &mut q);
@@ -388,26 +541,34 @@ fn gate_and_up_alternate_in_panels() {
 fn segments_do_not_see_each_other() {
     let heads = Heads { num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16 };
     let (rows, first) = (70, 30);
-    let qkv = noise(1, (rows + 5) * heads.qkv_width());
-    let caches: Vec<_> = (2..6).map(|seed| noise(seed, 100 * heads.kv_width())).collect();
+    let x = projection(&heads, noise(1, (rows + 5) * heads.qkv_width()));
+    let past = projection(&heads, noise(2, first * heads.qkv_width()));
     for isa in Isa::available() {
         let engine = Engine::new(Some(isa), Some(2)).unwrap();
+        let pass = engine.pass();
         let run = |segments: &[Segment<'_>]| {
             let mut out = vec![0.0; (rows + 5) * heads.query_width()];
-            engine.pass().attention(heads, segments, &qkv, &mut out);
+            pass.attention(heads, segments, &x, &mut out);
             out
         };
-        let long = |rows: std::ops::Range<usize>| {
-            let first = first + rows.start;
-            Segment { rows, first, keys: &caches[0], values: &caches[1] }
+        let (mut long, mut short) = (KeyValues::default(), KeyValues::default());
+        extend(&pass, heads, &past, &[first], &mut long);
+        let add = |rows: std::ops::Range<usize>, cache: &mut KeyValues| {
+            let expected = rows.len();
+            pass.extend(heads, &x, &mut [Extension { rows, expected, cache }]);
         };
-        let short = Segment { rows: 70..75, first: 0, keys: &caches[2], values: &caches[3] };
-        let together = run(&[long(0..70), short.clone()]);
-        let apart: Vec<f32> = [run(&[long(0..33)]), run(&[long(33..70)]), run(&[short])]
+        fn segment(rows: std::ops::Range<usize>, cache: &KeyValues) -> Segment<'_> {
+            Segment { first: 30 + rows.start, rows, cache }
+        }
+        add(0..33, &mut long);
+        let start = run(&[segment(0..33, &long)]);
+        add(33..rows, &mut long);
+        add(rows..rows + 5, &mut short);
+        let short = Segment { rows: rows..rows + 5, first: 0, cache: &short };
+        let together = run(&[segment(0..rows, &long), short.clone()]);
+        let apart = [run(&[segment(33..rows, &long)]), run(&[short])]
             .iter()
-            .fold(vec![0.0; together.len()], |sum, x| {
-                sum.iter().zip(x).map(|(a, b)| a + b).collect()
-            });
+            .fold(start, |sum, x| sum.iter().zip(x).map(|(a, b)| a + b).collect());
         assert_eq!(together, apart, "{isa}");
     }
 }

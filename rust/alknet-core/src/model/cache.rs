@@ -2,27 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
+use alknet_kernels::KeyValues;
+
 use super::TokenId;
 
-/// Keys (rotated) and values of one layer, `[len, num_key_value_heads · head_dim]`, row-major.
-#[derive(Debug, Clone, Default)]
-pub struct LayerCache {
-    /// Keys after RoPE.
-    pub keys: Vec<f32>,
-    /// Values.
-    pub values: Vec<f32>,
-}
-
-impl LayerCache {
-    fn bytes(&self) -> usize {
-        (self.keys.capacity() + self.values.capacity()) * size_of::<f32>()
-    }
-
-    fn clear(&mut self) {
-        self.keys.clear();
-        self.values.clear();
-    }
-}
+/// Keys (rotated) and values of one layer.
+pub type LayerCache = KeyValues;
 
 /// Memory of dropped caches, for the next ones: memory that is new to the process has to be
 /// zeroed by the operating system, page by page, which takes a tenth of a short pass.
@@ -103,8 +88,7 @@ impl Clone for KvCache {
         let mut copy = Self::recycled(self.layers.len(), spares);
         copy.input_ids.extend_from_slice(&self.input_ids);
         for (copy, layer) in copy.layers.iter_mut().zip(&self.layers) {
-            copy.keys.extend_from_slice(&layer.keys);
-            copy.values.extend_from_slice(&layer.values);
+            copy.copy_from(layer);
         }
         copy
     }

@@ -99,9 +99,9 @@ impl Sequence<'_> {
                 "token id {id} is outside the vocabulary of {vocab_size}"
             )));
         }
-        let len = past * config.num_key_value_heads() * config.head_dim();
+        let width = config.num_key_value_heads() * config.head_dim();
         let layers = &self.cache.layers;
-        let fits = |layer: &LayerCache| layer.keys.len() == len && layer.values.len() == len;
+        let fits = |layer: &LayerCache| layer.holds(past, width);
         if layers.len() != num_layers || !layers.iter().all(fits) {
             return Err(Error::Inference(
                 "the key/value cache is not one of this engine, or of a pass that failed".into(),

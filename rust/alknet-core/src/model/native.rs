@@ -23,8 +23,8 @@ use std::{
 };
 
 use alknet_kernels::{
-    Engine, Heads, Isa, MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Pass, QuantizedRows,
-    Segment, padded_outputs,
+    Engine, Extension, Heads, Isa, MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Pass,
+    Projection, QuantizedRows, Segment, padded_outputs,
 };
 
 use super::{
@@ -78,8 +78,8 @@ struct Workspace {
     delta: Vec<f32>,
     /// `[rows, head_dim]`: cosines, then sines of the rotary angles.
     angles: Vec<f32>,
-    /// `[rows, qkv_width]`.
-    qkv: Vec<f32>,
+    /// Queries, keys and values.
+    qkv: Projection,
     /// `[rows, query_width]` or `[rows, intermediate_size]`.
     inner: Vec<f32>,
     /// Input of the product at hand.
@@ -197,7 +197,6 @@ impl NativeBackend {
         let rows = pieces.last().map_or(0, |piece| piece.rows.end);
         work.x.resize(rows * hidden, 0.0);
         work.angles.resize(rows * dim, 0.0);
-        work.qkv.resize(rows * self.heads.qkv_width(), 0.0);
         let inner = self.heads.query_width().max(self.config.intermediate_size);
         work.inner.resize(rows * inner, 0.0);
         let mut positions = Vec::with_capacity(rows);
@@ -233,23 +232,20 @@ impl NativeBackend {
         let eps = self.config.rms_norm_eps as f32;
         pass.rms_norm_quantize(&work.x, &half.norm, eps, &mut work.quantized);
         pass.qkv(&work.quantized, &half.first, heads, &work.angles, &mut work.qkv);
-        for piece in pieces {
-            let sequence = &mut batch[piece.sequence];
-            let left = sequence.input_ids.len() - piece.tokens.start;
-            let cache = &mut sequence.cache.layers[layer];
-            cache.keys.reserve_exact(left * heads.kv_width());
-            cache.values.reserve_exact(left * heads.kv_width());
-            for row in piece.rows.clone() {
-                let row = &work.qkv[row * heads.qkv_width()..][..heads.qkv_width()];
-                let (keys, values) = row[heads.query_width()..].split_at(heads.kv_width());
-                cache.keys.extend_from_slice(keys);
-                cache.values.extend_from_slice(values);
+        // Every sequence has at most one piece in a chunk.
+        let mut places = pieces.iter().peekable();
+        let mut extensions = Vec::with_capacity(pieces.len());
+        for (index, sequence) in batch.iter_mut().enumerate() {
+            if let Some(piece) = places.next_if(|piece| piece.sequence == index) {
+                let expected = sequence.input_ids.len() - piece.tokens.start;
+                let cache = &mut sequence.cache.layers[layer];
+                extensions.push(Extension { rows: piece.rows.clone(), expected, cache });
             }
         }
+        pass.extend(heads, &work.qkv, &mut extensions);
         let segment = |piece: &Piece| {
             let cache = &batch[piece.sequence].cache.layers[layer];
-            let (rows, first) = (piece.rows.clone(), piece.first);
-            Segment { rows, first, keys: &cache.keys, values: &cache.values }
+            Segment { rows: piece.rows.clone(), first: piece.first, cache }
         };
         let segments: Vec<_> = pieces.iter().map(segment).collect();
         let width = heads.query_width();

@@ -1,0 +1,411 @@
+//! Linear products: bytes on tiles, finished block by block while the sums are in the first-level cache.
+
+use std::{arch::x86_64::*, ops::Range, ptr};
+
+use super::tiles::{ROW_BYTES, ROWS, Tiles, tile_asm};
+use crate::{
+    dispatch::Product,
+    keys::Projection,
+    ops::Heads,
+    pack::PackedMatrix,
+    pool::Shared,
+    rows::QuantizedRows,
+    scalar::{self, K_ALIGN, LANES, Place, TileHeads},
+};
+
+/// Rows of a block: two tiles.
+const BLOCK_ROWS: usize = 2 * ROWS;
+
+/// Panels of a block.
+const PAIR: usize = 2;
+
+/// Sums of a block.
+#[repr(C, align(64))]
+struct Sums([[[i32; LANES]; PAIR]; BLOCK_ROWS]);
+
+/// A block of up to 32 rows by two panels.
+struct Block<'a> {
+    product: &'a Product<'a>,
+    rows: Range<usize>,
+    panels: [usize; PAIR],
+    sums: &'a Sums,
+}
+
+impl Block<'_> {
+    /// Calls `finish(row, numbers)` for the outputs of every row, 16 of each panel: `sum · row scale ·
+    /// scale + bias`, rounded after each step as [`crate::scalar::matmul`] does.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn for_rows(&self, mut finish: impl FnMut(usize, [__m512; PAIR])) {
+        let (x, w) = (self.product.x, self.product.w);
+        // SAFETY: panels have 16 scales and biases.
+        let load = |numbers: &[f32; LANES]| unsafe { _mm512_loadu_ps(numbers.as_ptr()) };
+        let (scales, biases) =
+            (self.panels.map(|p| load(w.scales(p))), self.panels.map(|p| load(w.bias(p))));
+        let factors = x.scales[self.rows.clone()].iter().zip(&x.offsets[self.rows.clone()]);
+        for (r, (sums, (scale, offset))) in self.sums.0.iter().zip(factors).enumerate() {
+            let (row_scale, offset) = (_mm512_set1_ps(*scale), _mm512_set1_epi32(*offset));
+            let numbers = std::array::from_fn(|p| {
+                // SAFETY: there are 16 sums.
+                let sum = unsafe { _mm512_loadu_si512(sums[p].as_ptr().cast()) };
+                let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, offset));
+                let product = _mm512_mul_ps(_mm512_mul_ps(sum, row_scale), scales[p]);
+                _mm512_add_ps(product, biases[p])
+            });
+            finish(self.rows.start + r, numbers);
+        }
+    }
+}
+
+/// Pairs of neighbouring panels; a last one without a neighbour is paired with itself.
+fn neighbours(panels: Range<usize>) -> impl Iterator<Item = [usize; PAIR]> {
+    panels.clone().step_by(PAIR).map(move |panel| [panel, (panel + 1).min(panels.end - 1)])
+}
+
+/// [`crate::scalar::matmul`] by pairs of panels, of which every block is handed to `finish`.
+///
+/// A pair of panels stays in the first-level cache over all rows; panels `ahead` of it are fetched
+/// meanwhile.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn for_blocks(
+    product: &Product<'_>,
+    pairs: impl Iterator<Item = [usize; PAIR]>,
+    ahead: usize,
+    mut finish: impl FnMut(&Block<'_>),
+) {
+    let Product { x, rows, w, panels } = product;
+    if rows.is_empty() {
+        return;
+    }
+    let stride = x.stride();
+    let mut sums = Sums([[[0; LANES]; PAIR]; BLOCK_ROWS]);
+    let lines = LINES_PER_STEP.div_ceil(rows.len().div_ceil(BLOCK_ROWS));
+    let first = w.panel_range(panels.clone()).as_ptr();
+    // SAFETY: this file's kernels are handed out where AMX is available.
+    let mut tiles = unsafe { Tiles::new(ROWS.min(rows.len()), ROWS) };
+    for (i, panels) in pairs.enumerate() {
+        let bytes = panels.map(|panel| w.panel(panel).as_ptr());
+        let next = first.wrapping_add((PAIR * i + ahead) * LANES * stride);
+        let mut fetch = Fetch { next, lines };
+        for row in rows.clone().step_by(BLOCK_ROWS) {
+            let rows = row..rows.end.min(row + BLOCK_ROWS);
+            let upper = ROWS.min(rows.len());
+            tiles.reshape(upper, rows.len() - upper);
+            let left = &x.data[row * stride..rows.end * stride];
+            // SAFETY: rows and panels are whole, and tiles configured for as many rows.
+            unsafe { multiply(left, upper, stride, bytes, &mut fetch, &mut sums) };
+            finish(&Block { product, rows, panels, sums: &sums });
+        }
+    }
+}
+
+/// Cache lines of a pair of panels that a step of 64 inputs reads.
+const LINES_PER_STEP: usize = PAIR * LANES * K_ALIGN / 64;
+
+/// What is fetched into the second-level cache while a product runs.
+struct Fetch {
+    next: *const u8,
+    /// Cache lines per step.
+    lines: usize,
+}
+
+/// Sums of a block: the rows of `left`, the first `upper` of them in one tile and the others in a
+/// second, by two panels.
+///
+/// # Safety
+/// Tiles must be configured for the rows, of which all, and both panels, are `stride` bytes wide.
+#[inline]
+unsafe fn multiply(
+    left: &[i8],
+    upper: usize,
+    stride: usize,
+    panels: [*const u8; PAIR],
+    fetch: &mut Fetch,
+    sums: &mut Sums,
+) {
+    let lower = upper * stride;
+    let lower = if lower < left.len() { left[lower..].as_ptr() } else { ptr::null() };
+    let left = [left.as_ptr(), lower];
+    // SAFETY: this function's contract.
+    unsafe {
+        match fetch.lines {
+            0..=2 => multiply_steps::<2>(left, stride, panels, fetch, sums),
+            3..=4 => multiply_steps::<4>(left, stride, panels, fetch, sums),
+            5..=8 => multiply_steps::<8>(left, stride, panels, fetch, sums),
+            9..=16 => multiply_steps::<16>(left, stride, panels, fetch, sums),
+            _ => multiply_steps::<32>(left, stride, panels, fetch, sums),
+        }
+    }
+}
+
+/// [`multiply`] with `LINES` fetches per step.
+///
+/// # Safety
+/// As [`multiply`]; there are no lower rows where their pointer is null.
+unsafe fn multiply_steps<const LINES: usize>(
+    left: [*const i8; 2],
+    stride: usize,
+    panels: [*const u8; PAIR],
+    fetch: &mut Fetch,
+    sums: &mut Sums,
+) {
+    // SAFETY: this function's contract; a prefetch of any address is harmless.
+    unsafe {
+        if left[1].is_null() {
+            tile_asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "2:",
+                "tileloadd tmm4, [{upper} + {stride}]",
+                "tileloadd tmm6, [{first} + {line}]",
+                "tdpbsud tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{second} + {line}]",
+                "tdpbsud tmm1, tmm4, tmm7",
+                ".rept {lines}",
+                "prefetcht1 [{fetch}]",
+                "add {fetch}, 64",
+                ".endr",
+                "add {upper}, 64",
+                "add {first}, 1024",
+                "add {second}, 1024",
+                "dec {steps}",
+                "jnz 2b",
+                "lea {line}, [{line} + {line}]",
+                "tilestored [{sums} + {line}], tmm0",
+                "tilestored [{sums} + {line} + 64], tmm1",;
+                lines = const LINES,
+                upper = inout(reg) left[0] => _,
+                stride = in(reg) stride,
+                first = inout(reg) panels[0] => _,
+                second = inout(reg) panels[1] => _,
+                line = inout(reg) ROW_BYTES => _,
+                fetch = inout(reg) fetch.next,
+                steps = inout(reg) stride / K_ALIGN => _,
+                sums = in(reg) sums.0.as_mut_ptr(),
+            );
+        } else {
+            tile_asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "2:",
+                "tileloadd tmm4, [{upper} + {stride}]",
+                "tileloadd tmm6, [{first} + {line}]",
+                "tileloadd tmm7, [{second} + {line}]",
+                "tileloadd tmm5, [{lower} + {stride}]",
+                "tdpbsud tmm0, tmm4, tmm6",
+                "tdpbsud tmm1, tmm4, tmm7",
+                "tdpbsud tmm2, tmm5, tmm6",
+                "tdpbsud tmm3, tmm5, tmm7",
+                ".rept {lines}",
+                "prefetcht1 [{fetch}]",
+                "add {fetch}, 64",
+                ".endr",
+                "add {upper}, 64",
+                "add {lower}, 64",
+                "add {first}, 1024",
+                "add {second}, 1024",
+                "dec {steps}",
+                "jnz 2b",
+                "lea {line}, [{line} + {line}]",
+                "tilestored [{sums} + {line}], tmm0",
+                "tilestored [{sums} + {line} + 64], tmm1",
+                "tilestored [{sums} + {line} + 2048], tmm2",
+                "tilestored [{sums} + {line} + 2112], tmm3",;
+                lines = const LINES,
+                upper = inout(reg) left[0] => _,
+                lower = inout(reg) left[1] => _,
+                stride = in(reg) stride,
+                first = inout(reg) panels[0] => _,
+                second = inout(reg) panels[1] => _,
+                line = inout(reg) ROW_BYTES => _,
+                fetch = inout(reg) fetch.next,
+                steps = inout(reg) stride / K_ALIGN => _,
+                sums = in(reg) sums.0.as_mut_ptr(),
+            );
+        }
+    }
+}
+
+/// [`crate::scalar::matmul`].
+#[target_feature(enable = "avx512f")]
+pub(super) fn matmul(
+    x: &QuantizedRows,
+    rows: Range<usize>,
+    w: &PackedMatrix,
+    panels: Range<usize>,
+    out: &mut [f32],
+) {
+    let (first_row, first_panel, columns) = (rows.start, panels.start, panels.len() * LANES);
+    let pairs = neighbours(panels.clone());
+    for_blocks(&Product { x, rows, w, panels }, pairs, PAIR, |block| {
+        block.for_rows(|row, numbers| {
+            for (panel, x) in block.panels.into_iter().zip(numbers) {
+                let first = (row - first_row) * columns + (panel - first_panel) * LANES;
+                // SAFETY: the slice has 16 numbers.
+                unsafe { _mm512_storeu_ps(out[first..][..LANES].as_mut_ptr(), x) };
+            }
+        });
+    });
+}
+
+/// `out = x · Wᵀ + bias`, or `out += …` when `ADD`; rows of `width` numbers.
+///
+/// # Safety
+/// The rows and outputs of the product must belong to this task alone.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn linear<const ADD: bool>(
+    product: &Product<'_>,
+    width: usize,
+    out: &Shared<f32>,
+) {
+    for_blocks(product, neighbours(product.panels.clone()), PAIR, |block| {
+        let [first, second] = block.panels.map(|panel| panel * LANES);
+        let len = (second + LANES).min(width) - first;
+        let masks = [lanes_mask(len), lanes_mask(len.saturating_sub(LANES))];
+        block.for_rows(|row, numbers| {
+            // SAFETY: this function's contract; the masks leave the `len` numbers of the range.
+            unsafe {
+                let out = out.range(row * width + first, len).as_mut_ptr();
+                for (p, (mut x, mask)) in numbers.into_iter().zip(masks).enumerate() {
+                    let out = out.wrapping_add(p * LANES);
+                    if ADD {
+                        x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), x);
+                    }
+                    _mm512_mask_storeu_ps(out, mask, x);
+                }
+            }
+        });
+    });
+}
+
+/// The first `len` lanes of a register.
+fn lanes_mask(len: usize) -> __mmask16 {
+    ((1_u32 << len.min(LANES)) - 1) as __mmask16
+}
+
+/// `SiLU(gate) · up` for panels of gates and ups in turn; rows of `width` numbers.
+///
+/// # Safety
+/// As [`linear`].
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) unsafe fn gate_up(product: &Product<'_>, width: usize, out: &Shared<f32>) {
+    for_blocks(product, neighbours(product.panels.clone()), PAIR, |block| {
+        let first = block.panels[0] / 2 * LANES;
+        let len = LANES.min(width - first);
+        let mask = lanes_mask(len);
+        block.for_rows(|row, [gate, up]| {
+            // SAFETY: as above.
+            unsafe {
+                let out = out.range(row * width + first, len).as_mut_ptr();
+                _mm512_mask_storeu_ps(out, mask, silu_mul(gate, up));
+            }
+        });
+    });
+}
+
+/// `SiLU(gate) · up` within a part in 9,000.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn silu_mul(gate: __m512, up: __m512) -> __m512 {
+    let x = _mm512_mul_ps(gate, _mm512_set1_ps(-std::f32::consts::LOG2_E));
+    // The bound comes first, so that NaN passes.
+    let exp = super::exp2(_mm512_min_ps(_mm512_set1_ps(100.0), x));
+    let below = _mm512_add_ps(_mm512_set1_ps(1.0), exp);
+    // One step of Newton's from 14 bits.
+    let inverse = _mm512_rcp14_ps(below);
+    let inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(below, inverse, _mm512_set1_ps(2.0)));
+    _mm512_mul_ps(_mm512_mul_ps(gate, up), inverse)
+}
+
+/// The joint projection for whole heads: queries and keys are rotated, queries also scaled, and all
+/// rounded to bf16.
+///
+/// # Shapes
+/// - `angles`: `[all rows, head_dim]`
+/// - `out`: [`Projection::words`]
+///
+/// # Safety
+/// The rows and heads of the product must belong to this task alone.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) unsafe fn qkv(product: &Product<'_>, heads: &Heads, angles: &[f32], out: &Shared<u16>) {
+    let (dim, panels) = (heads.head_dim, heads.packed_head() / LANES);
+    if !dim.is_multiple_of(2 * LANES) {
+        // SAFETY: this function's contract.
+        unsafe { qkv_of_odd_heads(product, heads, angles, out) };
+        return;
+    }
+    // Numbers that are rotated together stand half a head apart.
+    let half = panels / 2;
+    let pairs = product.panels.clone().step_by(panels);
+    let pairs = pairs.flat_map(|head| (head..head + half).map(move |panel| [panel, panel + half]));
+    for_blocks(product, pairs, panels, |block| {
+        let (head, place) = (block.panels[0] / panels, block.panels[0] % panels * LANES);
+        let scale = heads.scale(head);
+        let start = Projection::place(heads, 0, head) + place;
+        block.for_rows(|row, [a, b]| {
+            let (mut low, mut high) = (a, b);
+            // SAFETY: this function's contract; half a head has 16 numbers and angles from `place` on.
+            unsafe {
+                if let Some(scale) = scale {
+                    let angles = angles[row * dim..][..dim].as_ptr();
+                    let scale = _mm512_set1_ps(scale);
+                    let cos = _mm512_mul_ps(_mm512_loadu_ps(angles.add(place)), scale);
+                    let sin = _mm512_mul_ps(_mm512_loadu_ps(angles.add(dim / 2 + place)), scale);
+                    low = _mm512_fmsub_ps(a, cos, _mm512_mul_ps(b, sin));
+                    high = _mm512_fmadd_ps(b, cos, _mm512_mul_ps(a, sin));
+                }
+                let out = out.range(start + row * Projection::width(heads), dim / 2 + LANES);
+                for (x, place) in [(low, 0), (high, dim / 2)] {
+                    let words = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x));
+                    _mm256_storeu_si256(out[place..][..LANES].as_mut_ptr().cast(), words);
+                }
+            }
+        });
+    });
+}
+
+/// [`qkv`] for heads that are no whole number of pairs of panels: by way of fp32 numbers.
+///
+/// # Safety
+/// As [`qkv`].
+#[target_feature(enable = "avx512f")]
+unsafe fn qkv_of_odd_heads(
+    product: &Product<'_>,
+    heads: &Heads,
+    angles: &[f32],
+    out: &Shared<u16>,
+) {
+    let Product { x, rows, w, panels } = product;
+    let (dim, padded) = (heads.head_dim, heads.packed_head());
+    let task_heads = panels.start * LANES / padded..panels.end * LANES / padded;
+    let mut tile = vec![0.0; rows.len() * panels.len() * LANES];
+    matmul(x, rows.clone(), w, panels.clone(), &mut tile);
+    let mut numbers = vec![0.0; rows.len() * task_heads.len() * dim];
+    let scales: Vec<_> = task_heads.clone().map(|head| heads.scale(head)).collect();
+    let tile_heads = TileHeads { head_dim: dim, padded, scales: &scales };
+    let angles = &angles[rows.start * dim..];
+    let place = Place { out: &Shared::new(&mut numbers), start: 0, stride: task_heads.len() * dim };
+    // SAFETY: the place is this function's own.
+    unsafe { scalar::finish_qkv(&mut tile, &tile_heads, angles, &place) };
+    let places = rows.clone().flat_map(|row| task_heads.clone().map(move |head| (row, head)));
+    for ((row, head), numbers) in places.zip(numbers.chunks_exact(dim)) {
+        let place = Projection::place(heads, row, head);
+        // SAFETY: this function's contract.
+        let out = unsafe { out.range(place, Projection::place(heads, row, head + 1) - place) };
+        let (out, filling) = out.split_at_mut(dim);
+        out.iter_mut().zip(numbers).for_each(|(word, x)| *word = bf16(*x));
+        filling.fill(0);
+    }
+}
+
+/// The nearest bf16 number, the even one of two; NaN stays NaN.
+fn bf16(x: f32) -> u16 {
+    if x.is_nan() {
+        return 0x7fc0;
+    }
+    let bits = x.to_bits();
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
+}

@@ -1,0 +1,144 @@
+//! Keys and values, and the queries beside them, in the form that attention reads.
+
+use std::ops::Range;
+
+use crate::{lines::Lines, ops::Heads};
+
+/// Result of the joint projection: rows of `[num_attention_heads + 2 · num_key_value_heads, head_dim]`,
+/// in fp32 or in bf16 as the kernels want them.
+#[derive(Debug, Default)]
+pub struct Projection {
+    /// `[rows, qkv_width]`.
+    pub(crate) numbers: Vec<f32>,
+    /// `[rows, heads, BlockShape::row]`, bf16; heads are filled with zeros.
+    pub(crate) words: Lines<u16>,
+}
+
+impl Projection {
+    /// Words of a row.
+    pub(crate) fn width(heads: &Heads) -> usize {
+        (heads.num_attention_heads + 2 * heads.num_key_value_heads) * BlockShape::new(heads).row
+    }
+
+    /// Where the words of a head begin.
+    pub(crate) fn place(heads: &Heads, row: usize, head: usize) -> usize {
+        row * Self::width(heads) + head * BlockShape::new(heads).row
+    }
+}
+
+/// Keys (rotated) and values of one layer of one sequence. An engine fills and reads either the rows of
+/// fp32 numbers or, where its attention runs on tiles, the blocks of bf16 numbers.
+#[derive(Debug, Clone, Default)]
+pub struct KeyValues {
+    /// `[positions, kv_width]`.
+    pub keys: Vec<f32>,
+    /// `[positions, kv_width]`.
+    pub values: Vec<f32>,
+    pub(crate) blocks: KeyBlocks,
+}
+
+impl KeyValues {
+    /// Whether `positions` positions of `width` numbers are held.
+    pub fn holds(&self, positions: usize, width: usize) -> bool {
+        let rows = |numbers: &Vec<f32>| numbers.len() == positions * width;
+        let empty = self.keys.is_empty() && self.values.is_empty();
+        match self.blocks.positions {
+            0 => rows(&self.keys) && rows(&self.values),
+            held => held == positions && empty,
+        }
+    }
+
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        (self.keys.capacity() + self.values.capacity()) * size_of::<f32>()
+            + self.blocks.words.bytes()
+    }
+
+    /// Forgets all positions and keeps the memory.
+    pub fn clear(&mut self) {
+        self.keys.clear();
+        self.values.clear();
+        self.blocks.positions = 0;
+    }
+
+    /// Makes this a copy of `other`, in the memory at hand where there is enough.
+    pub fn copy_from(&mut self, other: &Self) {
+        self.keys.clone_from(&other.keys);
+        self.values.clone_from(&other.values);
+        self.blocks.words.copy_from(&other.blocks.words, other.blocks.len);
+        (self.blocks.positions, self.blocks.len) = (other.blocks.positions, other.blocks.len);
+    }
+}
+
+/// Positions of a block.
+pub(crate) const BLOCK: usize = 64;
+
+/// Positions that a row of a tile of values holds.
+pub(crate) const GROUP: usize = 32;
+
+/// Keys and values in bf16, block by block of [`BLOCK`] positions, in each head by head:
+///
+/// - keys `[BLOCK, row]`
+/// - values `[BLOCK / GROUP, row, GROUP]`, rows being places in the head
+///
+/// which are rows of tiles: left sides of `K Qᵀ` and of `Vᵀ Pᵀ`. What lies after the last position is
+/// unspecified for keys, and zero to the end of the group for values.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct KeyBlocks {
+    pub(crate) positions: usize,
+    words: Lines<u16>,
+    /// Words of the blocks that hold positions.
+    len: usize,
+}
+
+/// Measures of heads in [`KeyBlocks`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BlockShape {
+    /// Numbers in a head, filled with zeros to whole rows of tiles.
+    pub(crate) row: usize,
+    heads: usize,
+}
+
+impl BlockShape {
+    pub(crate) fn new(heads: &Heads) -> Self {
+        Self { row: heads.head_dim.next_multiple_of(GROUP), heads: heads.num_key_value_heads }
+    }
+
+    /// Words of a block's keys, or values, of one head.
+    pub(crate) fn half(&self) -> usize {
+        BLOCK * self.row
+    }
+
+    /// Words from one block to the next.
+    pub(crate) fn block(&self) -> usize {
+        2 * self.half() * self.heads
+    }
+}
+
+impl KeyBlocks {
+    /// Makes room for `more` positions.
+    pub(crate) fn reserve(&mut self, shape: BlockShape, more: usize) {
+        self.words.reserve_exact((self.positions + more).div_ceil(BLOCK) * shape.block());
+    }
+
+    /// Adds `more` positions, whose keys and values are still to be written.
+    pub(crate) fn grow(&mut self, shape: BlockShape, more: usize) -> Range<usize> {
+        let new = self.positions..self.positions + more;
+        self.len = new.end.div_ceil(BLOCK) * shape.block();
+        if self.words.len() < self.len {
+            self.words.resize(self.len);
+        }
+        self.positions = new.end;
+        new
+    }
+
+    /// All words.
+    pub(crate) fn words(&self) -> &[u16] {
+        &self.words[..self.len]
+    }
+
+    /// All words.
+    pub(crate) fn words_mut(&mut self) -> &mut [u16] {
+        &mut self.words[..self.len]
+    }
+}
