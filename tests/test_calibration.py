@@ -114,21 +114,28 @@ class TestFrames:
         x = np.random.default_rng(3).normal(size=(lengths.sum(), 4)).astype(np.float32)
         return Windows(x, np.concatenate([[0], np.cumsum(lengths)]))
 
-    def test_a_frame_is_the_mean_of_its_windows(self):
+    def test_a_run_is_the_mean_of_its_windows(self):
         windows = self.windows()
-        frames = windows.frames(3)
-        assert list(np.diff(frames.starts)) == [1, 1, 1, 5]
-        np.testing.assert_allclose(frames.x[0], windows.x[0], rtol=1e-6)
-        np.testing.assert_allclose(frames.x[1], windows.x[1:3].mean(axis=0), rtol=1e-5)
-        np.testing.assert_allclose(frames.x[-1], windows.x[-3:].mean(axis=0), rtol=1e-5)
+        runs = windows.runs(3)
+        assert list(np.diff(runs.starts)) == [1, 1, 1, 5]
+        np.testing.assert_allclose(runs.x[0], windows.x[0], rtol=1e-6)
+        np.testing.assert_allclose(runs.x[1], windows.x[1:3].mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(runs.x[-1], windows.x[-3:].mean(axis=0), rtol=1e-5)
 
-    def test_the_largest_frame_is_that_of_its_largest_window_and_its_mean(self):
+    def test_a_frame_counts_by_its_largest_run_of_every_scale(self):
         windows = self.windows()
-        peaks, means = windows.x[:, 0], windows.x[:, 1]
-        largest = pool(peaks, means, np.diff(windows.starts), 3)
-        last = [peaks[i : i + 3].max() + means[i : i + 3].mean() for i in range(6, 11)]
-        assert largest[3] == pytest.approx(max(last))
-        assert largest[0] == pytest.approx(peaks[0] + means[0])
+        terms = windows.x[:, :3].astype(np.float64)
+        largest = pool(terms, np.diff(windows.starts), (1, 2, 4))
+        one, two, four = terms.T
+        frames = [
+            one[i : i + 4].max()
+            + max(two[j : j + 2].mean() for j in range(i, i + 3))
+            + four[i : i + 4].mean()
+            for i in range(6, 10)
+        ]
+        assert largest[3] == pytest.approx(max(frames))
+        assert largest[0] == pytest.approx(terms[0].sum())
+        assert largest[1] == pytest.approx(one[1:3].max() + two[1:3].mean() + four[1:3].mean())
 
 
 class TestNull:
@@ -259,8 +266,8 @@ class TestCompile:
         reader = _core.Reader(str(tiny_folder), list(SITES))
         (x,) = reader.window_means([text], max_tokens=64, **LAYOUT)
         z = (x - tensors["mean"]) @ tensors["components"].T
-        terms = [z @ tensors[name][0] for name in ("direction_weights", "frame_weights")]
-        (largest,) = pool(*terms, np.array([len(x)]), int(metadata["frame"]))
+        terms = z @ tensors["direction_weights"][:, 0].T
+        (largest,) = pool(terms, np.array([len(x)]), json.loads(metadata["scales"]))
         length = null.length_class(np.array([reader.count_tokens(text)]))[0]
         unknown = ORIGINS.index(None)
         knots, values = (tensors[f"null_{part}"][unknown, length] for part in ("knots", "values"))

@@ -112,8 +112,7 @@ def write_codebook(
         "components": components,
         "cdf_knots": spread[:, None] * np.array([-3.0, 0.0, 3.0]),
         "cdf_values": np.tile([0.01, 0.5, 0.99], (2, 1)),
-        "direction_weights": weights,
-        "frame_weights": np.zeros((2, 2)),
+        "direction_weights": weights[None],
         "direction_bias": np.full(2, -22.0),
         "null_knots": np.tile(_NULL[0], (3, 2, 1)),
         "null_values": np.tile(_NULL[1], (3, 2, 1)),
@@ -128,7 +127,7 @@ def write_codebook(
         "length_classes": "[16, 64]",
         "origins": '["user", "document", null]',
         "directions": json.dumps(_DIRECTIONS),
-        "frame": "1",
+        "scales": "[1]",
         **{name: str(value) for name, value in LAYOUT.items()},
     }
     arrays = {name: np.ascontiguousarray(x, dtype=np.float32) for name, x in tensors.items()}

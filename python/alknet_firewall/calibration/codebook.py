@@ -70,7 +70,7 @@ def compile_codebook(
     _check(corpus)
     left_out = cross_fit(corpus, options, progress=progress)
     every = np.arange(len(corpus.rows))
-    scales = (corpus.windows, corpus.windows.frames(options.frame))
+    scales = [corpus.windows.runs(n) for n in options.scales]
     moments = [benign_moments(scale, corpus.attack, corpus.groups, every) for scale in scales]
     fitted = fit_scorer(scales, corpus.attack, corpus.groups, every, options, moments)
     tensors = {"mean": fitted.mean, "components": fitted.components}
@@ -91,7 +91,7 @@ def compile_codebook(
         "hidden_size": str(corpus.windows.x.shape[1] // len(layout.sites)),
         "window": str(layout.window),
         "stride": str(layout.stride),
-        "frame": str(options.frame),
+        "scales": json.dumps(options.scales),
         "segment_tokens": str(layout.segment_tokens),
         "segment_overlap": str(layout.segment_overlap),
         "length_classes": json.dumps(LENGTH_CLASSES),
@@ -126,9 +126,9 @@ def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
     metadata.pop("n_components", None)
     z = project(tensors["mean"], tensors["components"], corpus.windows.x)
     directions = json.loads(metadata["directions"])
-    frame = int(metadata["frame"])
+    scales = json.loads(metadata["scales"])
     statistics = [
-        _statistics(corpus, z, tensors, directions, origin, frame)
+        _statistics(corpus, z, tensors, directions, origin, scales)
         for origin in json.loads(metadata["origins"])
     ]
     depth = _largest(corpus, _depth(z, tensors))
@@ -177,23 +177,18 @@ def _directions(
     A behaviour is told from benign text and from the other attacks, half and half, by the window
     that is most like an attack.
     """
-    weights, bias = [fitted.window_weights], [fitted.bias]
-    rows = _best_windows(corpus, np.arange(len(corpus.rows)), z @ fitted.window_weights)
+    weights, bias = [fitted.weights], [fitted.bias]
+    rows = _best_windows(corpus, np.arange(len(corpus.rows)), z @ fitted.weights[0])
     for own in behaviours:
         others, benign = corpus.attack & ~own, ~corpus.attack
         shares = 0.5 * own / own.sum() + 0.25 * benign / benign.sum()
         shares += 0.25 * others / max(others.sum(), 1)
         model = LogisticRegression(C=len(rows), max_iter=500)
         model.fit(z[rows], own, sample_weight=shares)
-        weights.append(model.coef_[0])
+        weights.append(np.zeros_like(fitted.weights))
+        weights[-1][0] = model.coef_[0]
         bias.append(float(model.intercept_[0]))
-    frame_weights = np.zeros((len(weights), z.shape[1]))
-    frame_weights[0] = fitted.frame_weights
-    return {
-        "direction_weights": np.stack(weights),
-        "frame_weights": frame_weights,
-        "direction_bias": np.array(bias),
-    }
+    return {"direction_weights": np.stack(weights, axis=1), "direction_bias": np.array(bias)}
 
 
 def _best_windows(corpus: Corpus, texts: npt.NDArray[np.int64], logits: Array) -> npt.NDArray[Any]:
@@ -261,7 +256,7 @@ def _statistics(
     tensors: Mapping[str, Array],
     directions: Sequence[Mapping[str, Any]],
     origin: str | None,
-    frame: int,
+    scales: Sequence[int],
 ) -> Array:
     """Largest log-odds over the frames of every text and the scored directions of an origin."""
 
@@ -270,7 +265,7 @@ def _statistics(
 
     lengths = np.diff(corpus.windows.starts)
     logits = [
-        pool(z @ tensors["direction_weights"][d], z @ tensors["frame_weights"][d], lengths, frame)
+        pool(z @ tensors["direction_weights"][:, d].T, lengths, scales)
         + tensors["direction_bias"][d]
         for d, info in enumerate(directions)
         if info["scored"] and is_read(info)

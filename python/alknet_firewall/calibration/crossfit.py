@@ -93,7 +93,7 @@ def cross_fit(
 ) -> Array:
     """Largest logit of every text under directions fitted without its fold, ``(n_texts,)``."""
     folds = folds_of(corpus.rows)
-    scales = (corpus.windows, corpus.windows.frames(options.frame))
+    scales = [corpus.windows.runs(n) for n in options.scales]
     attack, groups = corpus.attack, corpus.groups
     every = np.arange(len(corpus.rows))
     moments = [benign_moments(scale, attack, groups, every) for scale in scales]

@@ -1,8 +1,9 @@
 """Components and the scored direction: what separates the windows of attacks from benign ones.
 
-Two models are fitted in the same way, one on windows and one on frames, the means of a few
-consecutive windows. The log-odds of a frame are the mean of those of its largest window and of its
-own: an order of few words shows in the first, a longer one in the second.
+A model is fitted in the same way at each of a few scales: on windows, and on the means of runs of a
+few consecutive ones. Judged are frames, runs of the longest scale: the log-odds of a frame are the
+weighted sum of those of its largest run of every scale. An order of few words shows in a window, a
+longer one in a longer run.
 
 Each is made so: (1) μ and a scale per dimension from benign windows, sources weighing alike;
 (2) positives: every window of the attack texts at first, then in every attack text its best window
@@ -14,7 +15,7 @@ ridge logistic regression on the projections, classes balanced, sources weighing
 vector on which few groups agree takes part little; (6) again from (2).
 
 The components are the first singular vectors of the windows, then what their model has outside
-them, and last the frames' model.
+them, and last the model of each longer scale.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy.linalg import solve_triangular
+from scipy.linalg import block_diag, solve_triangular
 from sklearn.linear_model import LogisticRegression
 
 Array = npt.NDArray[np.float64]
@@ -40,9 +41,10 @@ __all__ = ["FitOptions", "Moments", "Scorer", "Windows", "benign_moments", "fit_
 class FitOptions:
     """Choices of the recipe; the defaults are those of the shipped codebook."""
 
-    # Consecutive windows that are judged together.
-    frame: int = 7
-    # Rows of the projection, at least 2; the scored direction is exact with any number.
+    # Consecutive windows, rising from 1, of whose means a model is fitted; how much each counts.
+    scales: tuple[int, ...] = (1, 3, 7)
+    scale_weights: tuple[float, ...] = (0.5, 0.25, 0.25)
+    # Rows of the projection, one a scale at least; the scored direction is exact with any number.
     n_components: int = 16
     shrinkage: float = 0.3
     rounds: int = 3
@@ -74,17 +76,19 @@ class Windows:
         spans = [np.arange(self.starts[t], self.starts[t + 1]) for t in texts]
         return np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
 
-    def frames(self, n: int) -> Windows:
-        """Means of every ``n`` consecutive windows; a text of fewer is one frame."""
+    def runs(self, n: int) -> Windows:
+        """Means of every ``n`` consecutive windows; a text of fewer is one run."""
+        if n == 1:
+            return self
         lengths = np.diff(self.starts)
         counts = np.maximum(lengths - n + 1, 1)
         starts = np.concatenate([[0], np.cumsum(counts)])
         x = np.empty((starts[-1], self.x.shape[1]), self.x.dtype)
         for t, (first, last) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
             own = self.x[first:last].astype(np.float32)
-            frame = x[starts[t] : starts[t + 1]]
+            run = x[starts[t] : starts[t + 1]]
             size = min(n, len(own))
-            frame[:] = sum(own[i : i + len(frame)] for i in range(size)) / size
+            run[:] = sum(own[i : i + len(run)] for i in range(size)) / size
         return Windows(x, starts)
 
 
@@ -140,14 +144,15 @@ class _Directions:
 
     def logits(self, x: npt.NDArray[Any]) -> Array:
         """Log-odds ``(n,)`` of windows ``(n, width)``."""
-        return project(self.mean, self.components, x) @ self.weights + self.bias
+        along = self.weights @ self.components
+        return project(self.mean, along[None], x)[:, 0] + self.bias
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
     """The scored direction of frames, with ``z = components @ (x − mean)`` of their windows.
 
-    ``logit = max(window_weights · z) + mean(frame_weights · z) + bias``.
+    ``logit = Σ_s max_r mean_{w in r}(weights[s] · z_w) + bias``, ``r`` its runs of scale ``s``.
 
     Attributes
     ----------
@@ -155,26 +160,24 @@ class Scorer:
         ``(width,)``.
     components : ndarray
         ``(n_components, width)``, whitening folded in; each row's largest entry is positive.
-    window_weights, frame_weights : ndarray
-        ``(n_components,)``.
+    weights : ndarray
+        ``(n_scales, n_components)``.
     bias : float
-    frame : int
-        Windows of a frame.
+    scales : tuple of int
+        Windows of a run; a frame is a run of the last.
     """
 
     mean: Array
     components: Array
-    window_weights: Array
-    frame_weights: Array
+    weights: Array
     bias: float
-    frame: int
+    scales: tuple[int, ...]
 
     def largest(self, windows: Windows, texts: npt.NDArray[Any]) -> Array:
         """Largest logit of some texts, ``(len(texts),)``."""
         z = project(self.mean, self.components, windows.x[windows.rows(texts)])
         lengths = np.diff(windows.starts)[texts]
-        logits = pool(z @ self.window_weights, z @ self.frame_weights, lengths, self.frame)
-        return logits + self.bias
+        return pool(z @ self.weights.T, lengths, self.scales) + self.bias
 
 
 def project(mean: Array, components: Array, x: npt.NDArray[Any]) -> Array:
@@ -186,25 +189,29 @@ def project(mean: Array, components: Array, x: npt.NDArray[Any]) -> Array:
     return projections
 
 
-def pool(peaks: Array, means: Array, lengths: Ints, frame: int) -> Array:
-    """Largest frame of every text: its largest peak plus its mean of ``means``.
+def pool(terms: Array, lengths: Ints, scales: Sequence[int]) -> Array:
+    """Largest frame of every text: the sum, over scales, of the largest mean of a run in it.
 
     Parameters
     ----------
-    peaks, means : ndarray
-        ``(n_windows,)``, text by text.
+    terms : ndarray
+        ``(n_windows, n_scales)``, text by text.
     lengths : ndarray
         Windows of every text, ``(n_texts,)``.
+    scales : sequence of int
+        Windows of a run, rising; a frame is a run of the last. A text of fewer is one run.
     """
     largest = np.empty(len(lengths))
     end = 0
     for t, length in enumerate(lengths):
         start, end = end, end + length
-        size = min(frame, length)
-        largest[t] = (
-            sliding_window_view(peaks[start:end], size).max(axis=1)
-            + sliding_window_view(means[start:end], size).mean(axis=1)
-        ).max()
+        frame = min(scales[-1], length)
+        total = np.zeros(length - frame + 1)
+        for scale, own in zip(scales, terms[start:end].T, strict=True):
+            run = min(scale, frame)
+            means = sliding_window_view(own, run).mean(axis=1)
+            total += sliding_window_view(means, frame - run + 1).max(axis=1)
+        largest[t] = total.max()
     return largest
 
 
@@ -227,28 +234,34 @@ def fit_scorer(
     options: FitOptions,
     moments: Sequence[dict[tuple[str, str], Moments]],
 ) -> Scorer:
-    """Fit both models on some texts and put them together.
+    """Fit a model at every scale on some texts and put them together.
 
     Parameters
     ----------
     scales : sequence of Windows
-        Windows and frames.
+        `Windows.runs` of every scale.
     moments : sequence of dict
         Of each scale, `benign_moments` of every group among ``texts``.
     """
-    sizes = (options.n_components - 1, 1)
-    window, frame = (
+    sizes = [options.n_components - len(scales) + 1, *[1] * (len(scales) - 1)]
+    models = [
         _fit(scale, attack, groups, texts, replace(options, n_components=n), own)
         for scale, n, own in zip(scales, sizes, moments, strict=True)
+    ]
+    mean = models[0].mean
+    shares = zip(models, options.scale_weights, strict=True)
+    # Every model is about a mean of its own.
+    bias = sum(
+        share * (model.bias + model.weights @ model.components @ (mean - model.mean))
+        for model, share in shares
     )
-    shift = float((frame.weights @ frame.components) @ (window.mean - frame.mean))
+    weights = [share * m.weights for m, share in zip(models, options.scale_weights, strict=True)]
     return Scorer(
-        mean=window.mean,
-        components=np.concatenate([window.components, frame.components]),
-        window_weights=0.5 * np.append(window.weights, 0.0),
-        frame_weights=0.5 * np.append(np.zeros(sizes[0]), frame.weights),
-        bias=0.5 * (window.bias + frame.bias + shift),
-        frame=options.frame,
+        mean=mean,
+        components=np.concatenate([model.components for model in models]),
+        weights=block_diag(*weights),
+        bias=float(bias),
+        scales=options.scales,
     )
 
 
@@ -286,9 +299,9 @@ def _fit(
         components, along = _fold(vectors, model.coef_[0] * values, options.n_components)
         bias = float(model.intercept_[0])
         fitted = _Directions(mean, components @ whiten, along, bias).oriented()
-        positives = [_best(windows, t, fitted, 1) for t in attacks]
+        positives = [rows for _, rows in _best(windows, attacks, fitted, 1)]
         if options.hard_windows:
-            hard = [(t, _best(windows, t, fitted, options.hard_windows)) for t in benign]
+            hard = _best(windows, benign, fitted, options.hard_windows)
             both = negatives + hard
             negative_rows = np.concatenate([rows for _, rows in both])
             negative_weights = _weights([groups[t] for t, rows in both for _ in rows])
@@ -306,11 +319,15 @@ def _spread(windows: Windows, texts: Ints, most: int) -> list[tuple[int, Ints]]:
     return chosen
 
 
-def _best(windows: Windows, text: int, scorer: _Directions, n: int) -> Ints:
-    """The ``n`` windows of a text that score highest."""
-    rows = np.arange(windows.starts[text], windows.starts[text + 1])
-    scores = scorer.logits(windows.x[rows])
-    return rows[np.argsort(-scores, kind="stable")[:n]]
+def _best(windows: Windows, texts: Ints, model: _Directions, n: int) -> list[tuple[int, Ints]]:
+    """The ``n`` windows of every text that score highest."""
+    logits = model.logits(windows.x[windows.rows(texts)])
+    chosen, end = [], 0
+    for t in texts:
+        start, end = end, end + windows.starts[t + 1] - windows.starts[t]
+        highest = np.argsort(-logits[start:end], kind="stable")[:n]
+        chosen.append((int(t), windows.starts[t] + highest))
+    return chosen
 
 
 def _weights(owners: Sequence[tuple[str, str]]) -> Array:

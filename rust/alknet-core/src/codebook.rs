@@ -5,8 +5,7 @@
 //! | `mean` | `[n_sites · hidden_size]` | μ |
 //! | `components` | `[n_components, n_sites · hidden_size]` | C, whitening folded in |
 //! | `cdf_knots`, `cdf_values` | `[n_components, n_knots]` | distribution of each windowed projection in benign text |
-//! | `direction_weights` | `[n_directions, n_components]` | logistic models on windowed projections; the largest window of a frame counts |
-//! | `frame_weights` | `[n_directions, n_components]` | the same on the mean over a frame's windows, added |
+//! | `direction_weights` | `[n_scales, n_directions, n_components]` | logistic models on windowed projections: of each scale, the run with the largest mean counts |
 //! | `direction_bias` | `[n_directions]` | their constants |
 //! | `null_knots`, `null_values` | `[n_origins, n_length_classes, n_knots]` | −log₁₀ share of benign texts whose statistic is at least the knot |
 //! | `novelty_knots`, `novelty_values` | `[n_length_classes, n_knots]` | the same for novelty |
@@ -32,6 +31,7 @@ pub const MAX_BYTES: u64 = 64 << 20;
 const FORMAT_VERSION: &str = "2";
 const MAX_COMPONENTS: usize = 1024;
 const MAX_DIRECTIONS: usize = 256;
+const MAX_SCALES: usize = 16;
 const MAX_KNOTS: usize = 1024;
 const MAX_TOKENS: usize = 1 << 20;
 
@@ -101,8 +101,8 @@ pub struct Codebook {
     pub window: usize,
     /// Tokens between the starts of windows.
     pub stride: usize,
-    /// Consecutive windows that are judged together.
-    pub frame: usize,
+    /// Windows of a run, rising; runs of the last are the frames that are judged.
+    pub scales: Vec<usize>,
     /// Most tokens read in one piece; longer texts are read in overlapping segments.
     pub segment_tokens: usize,
     /// Tokens that neighbouring segments share.
@@ -119,7 +119,6 @@ pub struct Codebook {
     components: Vec<Vec<f32>>,
     n_components: usize,
     direction_weights: Vec<f32>,
-    frame_weights: Vec<f32>,
     direction_bias: Vec<f32>,
     cdfs: Vec<MonotoneSpline>,
     nulls: Vec<MonotoneSpline>,
@@ -150,7 +149,7 @@ impl Codebook {
     /// Checks the bytes of a codebook file.
     ///
     /// Metadata: `format_version` (2), `detector`, `weights_sha256`, `tokenizer_sha256`,
-    /// `config_sha256`, `sites` (comma-separated), `hidden_size`, `window`, `stride`, `frame`,
+    /// `config_sha256`, `sites` (comma-separated), `hidden_size`, `window`, `stride`, `scales` (JSON list),
     /// `segment_tokens`, `segment_overlap`, `length_classes` (JSON list), `origins` (JSON list
     /// of `"user"`, `"document"` and `null`), `directions` (JSON list of [`DirectionInfo`]). Further entries are kept and not interpreted.
     ///
@@ -180,13 +179,15 @@ impl Codebook {
         let hidden_size = metadata.number("hidden_size", 1, 1 << 16)?;
         let window = metadata.number("window", 1, 4096)?;
         let stride = metadata.number("stride", 1, window)?;
-        let frame = metadata.number("frame", 1, 4096)?;
+        let scales: Vec<usize> = metadata.json("scales")?;
         let segment_tokens = metadata.number("segment_tokens", window, MAX_TOKENS)?;
         let segment_overlap = metadata.number("segment_overlap", 0, segment_tokens - 1)?;
         let length_classes: Vec<usize> = metadata.json("length_classes")?;
         let origins: Vec<Option<Origin>> = metadata.json("origins")?;
         let directions: Vec<DirectionInfo> = metadata.json("directions")?;
-        check_lists(&length_classes, &origins, &directions)?;
+        check_rising("scales", &scales, MAX_SCALES)?;
+        check_rising("length_classes", &length_classes, 64)?;
+        check_lists(&origins, &directions)?;
 
         let columns = sites.len() * hidden_size;
         let tensors = Tensors(&file);
@@ -207,8 +208,7 @@ impl Codebook {
             components: by_site(&components, sites.len(), hidden_size),
             n_components,
             direction_weights: tensors
-                .read("direction_weights", &[directions.len(), n_components])?,
-            frame_weights: tensors.read("frame_weights", &[directions.len(), n_components])?,
+                .read("direction_weights", &[scales.len(), directions.len(), n_components])?,
             direction_bias: tensors.read("direction_bias", &[directions.len()])?,
             cdfs: tensors.cdfs("cdf", &cdf_shape)?,
             nulls: tensors.nulls("null", &null_shape)?,
@@ -217,7 +217,7 @@ impl Codebook {
             hidden_size,
             window,
             stride,
-            frame,
+            scales,
             segment_tokens,
             segment_overlap,
             length_classes,
@@ -259,11 +259,13 @@ impl Codebook {
         (&self.mean[site * hidden..(site + 1) * hidden], &self.components[site])
     }
 
-    /// What windowed projections `z`, `[n_components]`, add to the log-odds of direction `d`: as the
-    /// largest of their frame, and as one of those whose mean counts.
-    pub fn terms(&self, d: usize, z: &[f32]) -> (f64, f64) {
-        let row = d * self.n_components..(d + 1) * self.n_components;
-        (dot(&self.direction_weights[row.clone()], z), dot(&self.frame_weights[row], z))
+    /// What windowed projections `z`, `[n_components]`, add to the log-odds of every direction in runs
+    /// of every scale: `[n_scales, n_directions]`.
+    pub fn terms(&self, z: &[f32]) -> Vec<f64> {
+        let dot = |weights: &[f32]| -> f64 {
+            weights.iter().zip(z).map(|(w, z)| f64::from(*w) * f64::from(*z)).sum()
+        };
+        self.direction_weights.chunks_exact(self.n_components).map(dot).collect()
     }
 
     /// Constant of the log-odds of direction `d`.
@@ -299,24 +301,20 @@ impl Codebook {
     }
 }
 
-fn dot(weights: &[f32], z: &[f32]) -> f64 {
-    weights.iter().zip(z).map(|(w, z)| f64::from(*w) * f64::from(*z)).sum()
+/// Checks a list of sizes.
+fn check_rising(name: &str, sizes: &[usize], most: usize) -> std::result::Result<(), String> {
+    let rising = sizes.windows(2).all(|w| w[0] < w[1]);
+    if (1..=most).contains(&sizes.len()) && sizes[0] > 0 && rising {
+        return Ok(());
+    }
+    Err(format!("{name} {sizes:?} are not 1 to {most} increasing numbers above 0"))
 }
 
 /// Checks the lists of the metadata against each other.
 fn check_lists(
-    length_classes: &[usize],
     origins: &[Option<Origin>],
     directions: &[DirectionInfo],
 ) -> std::result::Result<(), String> {
-    if length_classes.is_empty()
-        || length_classes.len() > 64
-        || length_classes.windows(2).any(|w| w[0] >= w[1])
-    {
-        return Err(format!(
-            "length_classes {length_classes:?} are not 1 to 64 increasing numbers"
-        ));
-    }
     let repeated = (1..origins.len()).any(|i| origins[..i].contains(&origins[i]));
     if repeated || !origins.contains(&None) {
         return Err(format!(

@@ -1,8 +1,8 @@
 //! Score: windowed projections of one piece of text to p-values, through the directions and splines.
 //!
-//! Windows are judged in frames of a few consecutive ones. The log-odds of a direction in a frame are
-//! a term of its largest window, a term of the mean of its windows, and a constant: an order of few
-//! words shows in the first, a longer one in the second. Per origin, a frame's statistic is its
+//! Windows are judged in frames of a few consecutive ones. The log-odds of a direction in a frame are a
+//! constant and a term of every scale: of the frame's runs of so many windows, the one with the
+//! largest mean counts. An order of few words shows in a window, a longer one in a longer run. Per origin, a frame's statistic is its
 //! largest log-odds over its scored directions, and the piece's statistic is its largest frame; the
 //! benign null of that maximum, for the length class, turns it into `x = −log₁₀ p`. Novelty is the
 //! same with the mean tail depth of the components in the deepest window,
@@ -37,8 +37,8 @@ pub struct FrameScore {
 /// What one window adds to its frames.
 struct Window {
     tokens: Range<usize>,
-    /// Per direction, see [`Codebook::terms`].
-    terms: Vec<(f64, f64)>,
+    /// `[n_scales, n_directions]`, see [`Codebook::terms`].
+    terms: Vec<f64>,
     depth: f64,
 }
 
@@ -60,29 +60,25 @@ pub fn frames(codebook: &Codebook, projections: &[f32]) -> Result<Vec<FrameScore
             read(codebook, tokens, &z)
         })
         .collect();
-    let len = codebook.frame.min(windows.len()).max(1);
+    let len = codebook.scales.last().map_or(1, |frame| (*frame).min(windows.len()).max(1));
     windows.windows(len).map(|windows| score(codebook, class, windows)).collect()
 }
 
 /// Reads one window from its mean projections `z`, `[n_components]`.
 fn read(codebook: &Codebook, tokens: Range<usize>, z: &[f32]) -> Window {
     let depth: f64 = z.iter().enumerate().map(|(k, &z)| tail_depth(codebook.cdf(k, z))).sum();
-    Window {
-        tokens,
-        terms: (0..codebook.directions.len()).map(|d| codebook.terms(d, z)).collect(),
-        depth: depth / z.len() as f64,
-    }
+    Window { tokens, terms: codebook.terms(z), depth: depth / z.len() as f64 }
 }
 
 /// Scores a frame, of one window at least.
 fn score(codebook: &Codebook, class: usize, windows: &[Window]) -> Result<FrameScore> {
+    let n_directions = codebook.directions.len();
     let logit = |d: usize| {
-        let terms = windows.iter().map(|window| window.terms[d]);
-        let largest = largest(terms.clone().map(|(peak, _)| peak));
-        let mean = terms.map(|(_, mean)| mean).sum::<f64>() / windows.len() as f64;
-        largest + mean + codebook.bias(d)
+        let scales = codebook.scales.iter().enumerate();
+        let terms = scales.map(|(s, &run)| largest_run(windows, run, s * n_directions + d));
+        terms.sum::<f64>() + codebook.bias(d)
     };
-    let logits: Vec<f64> = (0..codebook.directions.len()).map(logit).collect();
+    let logits: Vec<f64> = (0..n_directions).map(logit).collect();
     let depth = largest(windows.iter().map(|window| window.depth));
     if !depth.is_finite() || !logits.iter().all(|l| l.is_finite()) {
         return Err(Error::Inference("the score is not finite: the text was not screened".into()));
@@ -102,11 +98,19 @@ fn score(codebook: &Codebook, class: usize, windows: &[Window]) -> Result<FrameS
     })
 }
 
-/// Tokens of the window that adds most to a scored direction.
+/// Largest mean of a term over the runs of so many windows, or over all of fewer.
+fn largest_run(windows: &[Window], run: usize, term: usize) -> f64 {
+    let mean = |run: &[Window]| {
+        run.iter().map(|window| window.terms[term]).sum::<f64>() / run.len() as f64
+    };
+    largest(windows.windows(run.min(windows.len())).map(mean))
+}
+
+/// Tokens of the window that adds most to a scored direction, by the model of single windows.
 fn strongest(codebook: &Codebook, windows: &[Window]) -> Range<usize> {
     let scored = |window: &Window| {
         let terms = codebook.directions.iter().zip(&window.terms).filter(|(d, _)| d.scored);
-        largest(terms.map(|(_, (peak, mean))| peak + mean))
+        largest(terms.map(|(_, term)| *term))
     };
     let strongest = windows.iter().max_by(|a, b| scored(a).total_cmp(&scored(b)));
     strongest.map_or(0..0, |window| window.tokens.clone())

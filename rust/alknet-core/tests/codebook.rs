@@ -67,17 +67,21 @@ fn a_valid_file_is_read_as_it_was_written() {
     assert_eq!(codebook.origins, [Some(Origin::User), Some(Origin::Document), None]);
     assert_eq!(codebook.site(0).1[..4], [GAIN, 0.0, 0.0, 0.0]);
     assert_eq!(codebook.site(1).1[..4], [0.5 * GAIN, 0.0, 0.0, 0.0]);
-    assert_eq!(codebook.terms(1, &[7.0, 2.0, 5.0]), (2.0, 0.0));
+    assert_eq!(codebook.terms(&[7.0, 2.0, 5.0]), [7.0, 2.0, 5.0]);
     assert_eq!(codebook.cdf(0, 0.0), 0.5);
     assert_eq!([1, 8, 9, 17, 1000].map(|n| codebook.length_class(n)), [0, 0, 1, 1, 1]);
     assert_usable(&codebook);
 }
 
 #[test]
-fn a_frame_counts_by_its_largest_window_and_by_all_of_them() {
+fn a_frame_counts_by_its_largest_run_of_every_scale() {
     let mut file = CodebookFile::valid();
-    file.metadata.insert("frame".into(), "3".into());
-    set_number(file.tensors.get_mut("frame_weights").unwrap(), 0, 3.0);
+    file.metadata.insert("scales".into(), "[1, 3]".into());
+    // Direction 0 reads component 0: once in a window, three times in a run of three.
+    let mut weights = [0.0; 2 * 3 * N_COMPONENTS];
+    (weights[0], weights[3 * N_COMPONENTS]) = (1.0, 3.0);
+    let weights = Tensor::f32(&[2, 3, N_COMPONENTS], &weights);
+    file.tensors.insert("direction_weights".into(), weights);
     let codebook = Codebook::from_bytes(&file.to_bytes()).unwrap();
     // Windows of 4 tokens, every 2, on component 0: their means are 0, 2, 4 and so on.
     let projections = |n: usize| -> Vec<f32> {
@@ -279,7 +283,7 @@ fn metadata_out_of_range_are_refused() {
         ("hidden_size", vec!["0", "-4", "4.0", "", "5"]),
         ("window", vec!["0", "4097", "four"]),
         ("stride", vec!["0", "5"]),
-        ("frame", vec!["0", "4097", "-1"]),
+        ("scales", vec!["[]", "[0]", "[2, 2]", "[-1]", "1"]),
         ("segment_tokens", vec!["3", "1048577"]),
         ("segment_overlap", vec!["16", "-1"]),
         ("sites", vec!["", "1.resid_post", "1.resid_post,3", "1.resid_post,x.mlp_out", "1.a,2.b"]),
