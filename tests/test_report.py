@@ -16,7 +16,7 @@ from alknet_firewall.evaluation.intervals import wilson
 from alknet_firewall.evaluation.measure import MeasureOptions
 from alknet_firewall.evaluation.transforms import TRANSFORMS
 
-SMALL = MeasureOptions(attacks=4, harmless=3, long_documents={1000: 3, 3000: 2}, speeds=(16, 64))
+SMALL = MeasureOptions(attacks=3, harmless=3, long_documents={1000: 3, 3000: 2}, speeds=(16, 64))
 HOSTILE = '<script src="https://example.org/x.js">$name&amp;</script>'
 # Elements of HTML that have no end tag.
 VOID = {"meta", "br", "img", "link", "hr"}
@@ -111,7 +111,7 @@ class TestMeasure:
         result = measure.measure_evasion(Reader(), SMALL, progress=silent)
         shares = result["transformations"]
         assert shares.keys() == TRANSFORMS.keys()
-        assert result["caught"] == 4 < result["screened"]
+        assert result["caught"] == SMALL.attacks < result["screened"]
         assert result["harmless"] == 3
         # This reader sees through capitals, and through nothing that changes the letters.
         assert shares["random_case"]["passed"] == 0

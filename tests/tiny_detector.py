@@ -70,7 +70,7 @@ def make(folder: Path) -> Path:
         """Mean activations of the last window of texts that end so, after the like of `BENIGN`."""
         texts = [end, *(f"{text[:n]} {end}" for text in BENIGN for n in (8, 40))]
         last = [reader.activations(text)[-LAYOUT["window"] :] for text in texts]
-        return np.stack([rows.mean(axis=0).ravel() for rows in last])
+        return np.stack([_unit_rms(rows).mean(axis=0).ravel() for rows in last])
 
     write_codebook(
         folder / detector.CODEBOOK,
@@ -139,6 +139,10 @@ def ordinary_sentences(n: int) -> list[str]:
     rng, words = random.Random(7), _WORDS.split()
     sentences = [" ".join(rng.choices(words, k=rng.randint(4, 16))) for _ in range(n)]
     return [sentence.capitalize() + rng.choice(".!?,") for sentence in sentences]
+
+
+def _unit_rms(rows: np.ndarray) -> np.ndarray:
+    return rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True))
 
 
 def _separating(benign: np.ndarray, positive: np.ndarray, other: np.ndarray) -> np.ndarray:
