@@ -246,7 +246,7 @@ impl Pass {
         let few = x.rows() <= ROW_BLOCK || self.kernels.tiles.is_some();
         let task_panels = unit * if few { units_per_task(w.panels() / unit, threads) } else { 1 };
         let column_tasks = w.panels().div_ceil(task_panels);
-        let row_tasks = (2 * threads).div_ceil(column_tasks).min(x.rows().div_ceil(ROW_BLOCK));
+        let row_tasks = threads.div_ceil(column_tasks).min(x.rows().div_ceil(ROW_BLOCK));
         let task_rows = x.rows().div_ceil(row_tasks.max(1)).max(1);
         self.turn.for_each(column_tasks * x.rows().div_ceil(task_rows), |task| {
             let (row_task, column_task) = (task / column_tasks, task % column_tasks);
