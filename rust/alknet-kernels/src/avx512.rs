@@ -30,18 +30,52 @@ pub(crate) static KERNELS: Kernels = Kernels {
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
 pub(crate) fn rotate_quantize(x: &mut [f32], block: usize, out: &mut [i8]) -> (f32, i32) {
     if block == 64 {
-        for x in x.as_chunks_mut().0 {
-            hadamard(x);
-        }
+        rotate_quantize_64s(x, out)
     } else {
         scalar::hadamard(x, block);
+        scalar::quantize(x, out)
     }
-    scalar::quantize(x, out)
 }
 
-/// [`scalar::hadamard`] of one block of 64.
+/// [`rotate_quantize`] for blocks of 64: the largest number is found while they are in registers.
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
+fn rotate_quantize_64s(x: &mut [f32], out: &mut [i8]) -> (f32, i32) {
+    let mut largest = _mm512_setzero_si512();
+    for x in x.as_chunks_mut().0 {
+        for r in hadamard(x) {
+            let magnitude = _mm512_castps_si512(_mm512_abs_ps(r));
+            largest = _mm512_max_epu32(largest, magnitude);
+        }
+    }
+    let Some((inverse, scale)) = scalar::steps(_mm512_reduce_max_epu32(largest)) else {
+        out.fill(0);
+        return (f32::NAN, 0);
+    };
+    let (out, filling) = out.split_at_mut(x.len());
+    filling.fill(0);
+    let (inverse, rounding) = (_mm512_set1_ps(inverse), _mm512_set1_ps(scalar::ROUNDING));
+    let mut sums = [_mm512_setzero_si512(); 4];
+    for (x, q) in x.as_chunks::<64>().0.iter().zip(out.as_chunks_mut::<64>().0) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: there are 16 numbers and as many bytes from `16 · i` on.
+            unsafe {
+                let x = _mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(16 * i)), inverse);
+                let rounded = _mm512_castps_si512(_mm512_add_ps(x, rounding));
+                let rounded = _mm512_sub_epi32(rounded, _mm512_castps_si512(rounding));
+                *sum = _mm512_add_epi32(*sum, rounded);
+                _mm_storeu_si128(q.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(rounded));
+            }
+        }
+    }
+    let [a, b, c, d] = sums;
+    let sum = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
+    (scale, _mm512_reduce_add_epi32(sum))
+}
+
+/// [`scalar::hadamard`] of one block of 64, which is also returned.
+#[inline]
 #[target_feature(enable = "avx512f")]
-fn hadamard(x: &mut [f32; 64]) {
+fn hadamard(x: &mut [f32; 64]) -> [__m512; 4] {
     // SAFETY: the four loads cover the 64 numbers.
     let mut r: [__m512; 4] =
         std::array::from_fn(|i| unsafe { _mm512_loadu_ps(x.as_ptr().add(16 * i)) });
@@ -63,6 +97,7 @@ fn hadamard(x: &mut [f32; 64]) {
         // SAFETY: the four stores cover the 64 numbers.
         unsafe { _mm512_storeu_ps(x.as_mut_ptr().add(16 * i), r) };
     }
+    r
 }
 
 scalar::compile_for!("avx2,fma,avx512f,avx512bw,avx512vl");

@@ -19,7 +19,7 @@ const ROW_BLOCK: usize = 128;
 /// Panels that are computed together: 32 outputs.
 const PANEL_PAIR: usize = 2;
 
-/// Tasks per thread below which a product is split over rows as well.
+/// Tasks per thread that even out what threads are held up by.
 const MIN_TASKS_PER_THREAD: usize = 4;
 
 /// Blocks of queries of one attention task at most: they share the keys that were made ready.
@@ -241,13 +241,12 @@ impl Pass {
         run: impl Fn(&Product<'_>) + Sync,
     ) {
         assert_eq!(x.width(), w.inputs());
-        let tasks = MIN_TASKS_PER_THREAD * self.turn.threads();
+        let threads = self.turn.threads();
         // Few rows: long runs of panels, which can be fetched ahead. Many: tiles that stay in cache.
         let few = x.rows() <= ROW_BLOCK || self.kernels.tiles.is_some();
-        let units = if few { (w.panels() / unit / tasks).max(1) } else { 1 };
-        let task_panels = units * unit;
+        let task_panels = unit * if few { units_per_task(w.panels() / unit, threads) } else { 1 };
         let column_tasks = w.panels().div_ceil(task_panels);
-        let row_tasks = tasks.div_ceil(column_tasks).min(x.rows().div_ceil(ROW_BLOCK));
+        let row_tasks = threads.div_ceil(column_tasks).min(x.rows().div_ceil(ROW_BLOCK));
         let task_rows = x.rows().div_ceil(row_tasks.max(1)).max(1);
         self.turn.for_each(column_tasks * x.rows().div_ceil(task_rows), |task| {
             let (row_task, column_task) = (task / column_tasks, task % column_tasks);
@@ -534,6 +533,17 @@ impl Pass {
             });
         });
     }
+}
+
+/// How many of `units` a task of a product holds: the most that leave the busiest of the threads as
+/// little as possible, with tasks enough to make up for a thread that is held up.
+fn units_per_task(units: usize, threads: usize) -> usize {
+    if threads == 1 {
+        return units.max(1);
+    }
+    let fair = (units / (MIN_TASKS_PER_THREAD * threads)).max(1);
+    let largest_share = |size: usize| units.div_ceil(size).div_ceil(threads) * size;
+    (1..=2 * fair).rev().min_by_key(|size| largest_share(*size)).unwrap_or(1)
 }
 
 /// [`Pass::extend`] in fp32.

@@ -52,15 +52,12 @@ pub(crate) fn hadamard(x: &mut [f32], block: usize) {
 #[inline(always)]
 pub(crate) fn quantize(x: &[f32], out: &mut [i8]) -> (f32, i32) {
     let largest = x.iter().fold(0, |largest: u32, x| largest.max(x.to_bits() & !(1 << 31)));
-    let (out, filling) = out.split_at_mut(x.len());
-    filling.fill(0);
-    if largest >= INFINITE_BITS {
+    let Some((inverse, scale)) = steps(largest) else {
         out.fill(0);
         return (f32::NAN, 0);
-    }
-    let largest = f32::from_bits(largest);
-    // Below this, 127 / largest would overflow; such a row is zero for every purpose.
-    let inverse = if largest > 1e-36 { 127.0 / largest } else { 0.0 };
+    };
+    let (out, filling) = out.split_at_mut(x.len());
+    filling.fill(0);
     let mut sum = 0;
     for (q, x) in out.iter_mut().zip(x) {
         // Adding 1.5 · 2²³ leaves the number, rounded half to even, in the lowest bits.
@@ -68,7 +65,19 @@ pub(crate) fn quantize(x: &[f32], out: &mut [i8]) -> (f32, i32) {
         *q = rounded as i8;
         sum += rounded;
     }
-    (largest / 127.0, sum)
+    (scale, sum)
+}
+
+/// Steps per unit of a row and the size of one, from the bits of its largest magnitude; nothing when
+/// that is not finite.
+pub(crate) fn steps(largest: u32) -> Option<(f32, f32)> {
+    if largest >= INFINITE_BITS {
+        return None;
+    }
+    let largest = f32::from_bits(largest);
+    // Below this, 127 / largest would overflow; such a row is zero for every purpose.
+    let inverse = if largest > 1e-36 { 127.0 / largest } else { 0.0 };
+    Some((inverse, largest / 127.0))
 }
 
 /// `1.5 · 2²³`: the unit in the last place is 1, for negative numbers too.

@@ -19,7 +19,7 @@ mod tests;
 
 use std::{
     ops::Range,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use alknet_kernels::{
@@ -199,15 +199,19 @@ impl NativeBackend {
         work.angles.resize(rows * dim, 0.0);
         let inner = self.heads.query_width().max(self.config.intermediate_size);
         work.inner.resize(rows * inner, 0.0);
-        let mut positions = Vec::with_capacity(rows);
-        let mut x = work.x.chunks_exact_mut(hidden);
+        let (mut ids, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
         for piece in pieces {
+            ids.extend_from_slice(&batch[piece.sequence].input_ids[piece.tokens.clone()]);
             positions.extend(piece.first..piece.first + piece.rows.len());
-            for (id, x) in batch[piece.sequence].input_ids[piece.tokens.clone()].iter().zip(&mut x)
-            {
-                self.weights.widen_rows(&self.embedding, *id as usize..*id as usize + 1, x)?;
-            }
         }
+        let widened = Mutex::new(Ok(()));
+        pass.for_each_rows(&mut work.x, hidden, |row, x| {
+            let id = ids[row] as usize;
+            if let Err(error) = self.weights.widen_rows(&self.embedding, id..id + 1, x) {
+                *widened.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
+            }
+        });
+        widened.into_inner().unwrap_or_else(PoisonError::into_inner)?;
         let RotaryFrequencies { inv_freq, attention_factor } = &self.frequencies;
         pass.for_each_rows(&mut work.angles, dim, |row, angles| {
             let (cos, sin) = angles.split_at_mut(dim / 2);

@@ -1,6 +1,6 @@
 //! Linear products: bytes on tiles, finished block by block while the sums are in the first-level cache.
 
-use std::{arch::x86_64::*, ops::Range, ptr};
+use std::{arch::x86_64::*, cell::RefCell, ops::Range};
 
 use super::tiles::{ROW_BYTES, ROWS, Tiles, tile_asm};
 use crate::{
@@ -19,9 +19,23 @@ const BLOCK_ROWS: usize = 2 * ROWS;
 /// Panels of a block.
 const PAIR: usize = 2;
 
+/// Blocks of rows that go through all parts of a pair of panels together.
+const GROUP_BLOCKS: usize = 4;
+
+/// Most steps of 64 inputs in a part of a pair of panels: 18 KiB of weights and as much of a block of
+/// rows are in the first-level cache together.
+const PART_STEPS: usize = 9;
+
 /// Sums of a block.
 #[repr(C, align(64))]
 struct Sums([[[i32; LANES]; PAIR]; BLOCK_ROWS]);
+
+thread_local! {
+    /// Sums of a group of blocks, 16 KiB per thread.
+    static SUMS: RefCell<[Sums; GROUP_BLOCKS]> = const {
+        RefCell::new([const { Sums([[[0; LANES]; PAIR]; BLOCK_ROWS]) }; GROUP_BLOCKS])
+    };
+}
 
 /// A block of up to 32 rows by two panels.
 struct Block<'a> {
@@ -64,11 +78,24 @@ fn neighbours(panels: Range<usize>) -> impl Iterator<Item = [usize; PAIR]> {
 
 /// [`crate::scalar::matmul`] by pairs of panels, of which every block is handed to `finish`.
 ///
-/// A pair of panels stays in the first-level cache over all rows; panels `ahead` of it are fetched
-/// meanwhile.
+/// A part of a pair of panels stays in the first-level cache over a group of rows; panels `ahead` of it
+/// are fetched meanwhile.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn for_blocks(
+    product: &Product<'_>,
+    pairs: impl Iterator<Item = [usize; PAIR]>,
+    ahead: usize,
+    finish: impl FnMut(&Block<'_>),
+) {
+    SUMS.with_borrow_mut(|sums| for_blocks_in(sums, product, pairs, ahead, finish));
+}
+
+/// [`for_blocks`] with a place for the sums of a group.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn for_blocks_in(
+    sums: &mut [Sums; GROUP_BLOCKS],
     product: &Product<'_>,
     pairs: impl Iterator<Item = [usize; PAIR]>,
     ahead: usize,
@@ -79,23 +106,37 @@ fn for_blocks(
         return;
     }
     let stride = x.stride();
-    let mut sums = Sums([[[0; LANES]; PAIR]; BLOCK_ROWS]);
+    let steps = stride / K_ALIGN;
+    // A single block of rows reads panels only once: nothing needs to stay.
+    let parts = if rows.len() > BLOCK_ROWS { steps.div_ceil(PART_STEPS) } else { 1 };
+    let part = steps.div_ceil(parts);
     let lines = LINES_PER_STEP.div_ceil(rows.len().div_ceil(BLOCK_ROWS));
-    let first = w.panel_range(panels.clone()).as_ptr();
+    let all = w.panel_range(panels.clone());
     // SAFETY: this file's kernels are handed out where AMX is available.
     let mut tiles = unsafe { Tiles::new(ROWS.min(rows.len()), ROWS) };
     for (i, panels) in pairs.enumerate() {
-        let bytes = panels.map(|panel| w.panel(panel).as_ptr());
-        let next = first.wrapping_add((PAIR * i + ahead) * LANES * stride);
+        let bytes = panels.map(|panel| w.panel(panel));
+        // What follows is another task's; in place of it come lines that are here already.
+        let next = all.get((PAIR * i + ahead) * LANES * stride..).unwrap_or(bytes[0]).as_ptr();
         let mut fetch = Fetch { next, lines };
-        for row in rows.clone().step_by(BLOCK_ROWS) {
-            let rows = row..rows.end.min(row + BLOCK_ROWS);
-            let upper = ROWS.min(rows.len());
-            tiles.reshape(upper, rows.len() - upper);
-            let left = &x.data[row * stride..rows.end * stride];
-            // SAFETY: rows and panels are whole, and tiles configured for as many rows.
-            unsafe { multiply(left, upper, stride, bytes, &mut fetch, &mut sums) };
-            finish(&Block { product, rows, panels, sums: &sums });
+        for group in rows.clone().step_by(GROUP_BLOCKS * BLOCK_ROWS) {
+            for step in (0..steps).step_by(part) {
+                let end = steps.min(step + part);
+                let blocks = (group..rows.end).step_by(BLOCK_ROWS);
+                for (row, sums) in blocks.zip(&mut *sums) {
+                    let rows = row..rows.end.min(row + BLOCK_ROWS);
+                    let upper = ROWS.min(rows.len());
+                    tiles.reshape(upper, rows.len() - upper);
+                    let left = &x.data[row * stride..rows.end * stride];
+                    let operands =
+                        Operands { left, upper, stride, panels: bytes, steps: step..end };
+                    // SAFETY: tiles are configured for as many rows.
+                    unsafe { multiply(&operands, &mut fetch, sums) };
+                    if end == steps {
+                        finish(&Block { product, rows, panels, sums });
+                    }
+                }
+            }
         }
     }
 }
@@ -110,31 +151,33 @@ struct Fetch {
     lines: usize,
 }
 
-/// Sums of a block: the rows of `left`, the first `upper` of them in one tile and the others in a
-/// second, by two panels.
+/// What a block multiplies.
+struct Operands<'a> {
+    /// Rows, the first `upper` of them in one tile and the others in a second.
+    left: &'a [i8],
+    upper: usize,
+    /// Bytes of a row.
+    stride: usize,
+    /// Panels as wide as the rows.
+    panels: [&'a [u8]; PAIR],
+    /// The part of their width, in steps of 64 inputs.
+    steps: Range<usize>,
+}
+
+/// Sums of a block, or of its part that begins at the first step; later parts are added to them.
 ///
 /// # Safety
-/// Tiles must be configured for the rows, of which all, and both panels, are `stride` bytes wide.
+/// Tiles must be configured for the rows.
 #[inline]
-unsafe fn multiply(
-    left: &[i8],
-    upper: usize,
-    stride: usize,
-    panels: [*const u8; PAIR],
-    fetch: &mut Fetch,
-    sums: &mut Sums,
-) {
-    let lower = upper * stride;
-    let lower = if lower < left.len() { left[lower..].as_ptr() } else { ptr::null() };
-    let left = [left.as_ptr(), lower];
+unsafe fn multiply(operands: &Operands<'_>, fetch: &mut Fetch, sums: &mut Sums) {
     // SAFETY: this function's contract.
     unsafe {
         match fetch.lines {
-            0..=2 => multiply_steps::<2>(left, stride, panels, fetch, sums),
-            3..=4 => multiply_steps::<4>(left, stride, panels, fetch, sums),
-            5..=8 => multiply_steps::<8>(left, stride, panels, fetch, sums),
-            9..=16 => multiply_steps::<16>(left, stride, panels, fetch, sums),
-            _ => multiply_steps::<32>(left, stride, panels, fetch, sums),
+            0..=2 => multiply_steps::<2>(operands, fetch, sums),
+            3..=4 => multiply_steps::<4>(operands, fetch, sums),
+            5..=8 => multiply_steps::<8>(operands, fetch, sums),
+            9..=16 => multiply_steps::<16>(operands, fetch, sums),
+            _ => multiply_steps::<32>(operands, fetch, sums),
         }
     }
 }
@@ -142,55 +185,37 @@ unsafe fn multiply(
 /// [`multiply`] with `LINES` fetches per step.
 ///
 /// # Safety
-/// As [`multiply`]; there are no lower rows where their pointer is null.
+/// As [`multiply`].
 unsafe fn multiply_steps<const LINES: usize>(
-    left: [*const i8; 2],
-    stride: usize,
-    panels: [*const u8; PAIR],
+    operands: &Operands<'_>,
     fetch: &mut Fetch,
     sums: &mut Sums,
 ) {
-    // SAFETY: this function's contract; a prefetch of any address is harmless.
+    let Operands { left, upper, stride, panels, ref steps } = *operands;
+    let upper_rows = left[steps.start * K_ALIGN..].as_ptr();
+    let lower = &left[upper * stride..];
+    let lower_rows = (!lower.is_empty()).then(|| lower[steps.start * K_ALIGN..].as_ptr());
+    let [first, second] = panels.map(|panel| panel[steps.start * LANES * K_ALIGN..].as_ptr());
+    assert!(steps.start < steps.end && steps.end * K_ALIGN <= stride);
+    let later = usize::from(steps.start > 0);
+    // SAFETY: steps of rows and panels are whole; this function's contract; a prefetch of any address
+    // is harmless.
     unsafe {
-        if left[1].is_null() {
+        if let Some(lower_rows) = lower_rows {
             tile_asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
+                "test {later}, {later}",
+                "jz 2f",
+                "tileloadd tmm0, [{sums} + {sums_line}]",
+                "tileloadd tmm1, [{sums} + {sums_line} + 64]",
+                "tileloadd tmm2, [{sums} + {sums_line} + 2048]",
+                "tileloadd tmm3, [{sums} + {sums_line} + 2112]",
+                "jmp 3f",
                 "2:",
-                "tileloadd tmm4, [{upper} + {stride}]",
-                "tileloadd tmm6, [{first} + {line}]",
-                "tdpbsud tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{second} + {line}]",
-                "tdpbsud tmm1, tmm4, tmm7",
-                ".rept {lines}",
-                "prefetcht1 [{fetch}]",
-                "add {fetch}, 64",
-                ".endr",
-                "add {upper}, 64",
-                "add {first}, 1024",
-                "add {second}, 1024",
-                "dec {steps}",
-                "jnz 2b",
-                "lea {line}, [{line} + {line}]",
-                "tilestored [{sums} + {line}], tmm0",
-                "tilestored [{sums} + {line} + 64], tmm1",;
-                lines = const LINES,
-                upper = inout(reg) left[0] => _,
-                stride = in(reg) stride,
-                first = inout(reg) panels[0] => _,
-                second = inout(reg) panels[1] => _,
-                line = inout(reg) ROW_BYTES => _,
-                fetch = inout(reg) fetch.next,
-                steps = inout(reg) stride / K_ALIGN => _,
-                sums = in(reg) sums.0.as_mut_ptr(),
-            );
-        } else {
-            tile_asm!(
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "tilezero tmm2",
                 "tilezero tmm3",
-                "2:",
+                "3:",
                 "tileloadd tmm4, [{upper} + {stride}]",
                 "tileloadd tmm6, [{first} + {line}]",
                 "tileloadd tmm7, [{second} + {line}]",
@@ -208,21 +233,61 @@ unsafe fn multiply_steps<const LINES: usize>(
                 "add {first}, 1024",
                 "add {second}, 1024",
                 "dec {steps}",
-                "jnz 2b",
-                "lea {line}, [{line} + {line}]",
-                "tilestored [{sums} + {line}], tmm0",
-                "tilestored [{sums} + {line} + 64], tmm1",
-                "tilestored [{sums} + {line} + 2048], tmm2",
-                "tilestored [{sums} + {line} + 2112], tmm3",;
+                "jnz 3b",
+                "tilestored [{sums} + {sums_line}], tmm0",
+                "tilestored [{sums} + {sums_line} + 64], tmm1",
+                "tilestored [{sums} + {sums_line} + 2048], tmm2",
+                "tilestored [{sums} + {sums_line} + 2112], tmm3",;
                 lines = const LINES,
-                upper = inout(reg) left[0] => _,
-                lower = inout(reg) left[1] => _,
+                later = in(reg) later,
+                upper = inout(reg) upper_rows => _,
+                lower = inout(reg) lower_rows => _,
                 stride = in(reg) stride,
-                first = inout(reg) panels[0] => _,
-                second = inout(reg) panels[1] => _,
-                line = inout(reg) ROW_BYTES => _,
+                first = inout(reg) first => _,
+                second = inout(reg) second => _,
+                line = in(reg) ROW_BYTES,
+                sums_line = in(reg) PAIR * ROW_BYTES,
                 fetch = inout(reg) fetch.next,
-                steps = inout(reg) stride / K_ALIGN => _,
+                steps = inout(reg) steps.len() => _,
+                sums = in(reg) sums.0.as_mut_ptr(),
+            );
+        } else {
+            tile_asm!(
+                "test {later}, {later}",
+                "jz 2f",
+                "tileloadd tmm0, [{sums} + {sums_line}]",
+                "tileloadd tmm1, [{sums} + {sums_line} + 64]",
+                "jmp 3f",
+                "2:",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "3:",
+                "tileloadd tmm4, [{upper} + {stride}]",
+                "tileloadd tmm6, [{first} + {line}]",
+                "tdpbsud tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{second} + {line}]",
+                "tdpbsud tmm1, tmm4, tmm7",
+                ".rept {lines}",
+                "prefetcht1 [{fetch}]",
+                "add {fetch}, 64",
+                ".endr",
+                "add {upper}, 64",
+                "add {first}, 1024",
+                "add {second}, 1024",
+                "dec {steps}",
+                "jnz 3b",
+                "tilestored [{sums} + {sums_line}], tmm0",
+                "tilestored [{sums} + {sums_line} + 64], tmm1",;
+                lines = const LINES,
+                later = in(reg) later,
+                upper = inout(reg) upper_rows => _,
+                stride = in(reg) stride,
+                first = inout(reg) first => _,
+                second = inout(reg) second => _,
+                line = in(reg) ROW_BYTES,
+                sums_line = in(reg) PAIR * ROW_BYTES,
+                fetch = inout(reg) fetch.next,
+                steps = inout(reg) steps.len() => _,
                 sums = in(reg) sums.0.as_mut_ptr(),
             );
         }
