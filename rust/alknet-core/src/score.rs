@@ -1,12 +1,12 @@
 //! Score: windowed projections of one piece of text to p-values, through the directions and splines.
 //!
-//! Windows are judged in frames of a few consecutive ones. The log-odds of a direction in a frame are a
-//! constant and a term of every scale: of the frame's runs of so many windows, the one with the
-//! largest mean counts. An order of few words shows in a window, a longer one in a longer run. Per origin, a frame's statistic is its
-//! largest log-odds over its scored directions, and the piece's statistic is its largest frame; the
-//! benign null of that maximum, for the length class, turns it into `x = −log₁₀ p`. Novelty is the
-//! same with the mean tail depth of the components in the deepest window,
-//! `1/K Σ_k −ln(2 min(u_k, 1 − u_k))`, `u_k` from the component's benign distribution.
+//! Windows are judged in frames of a few consecutive ones. The log-odds of a direction in a frame are
+//! a constant and a term of every scale: of the frame's runs of so many windows, the one with the
+//! largest mean counts. An order of few words shows in a window, a longer one in a longer run. Per
+//! origin, a frame's statistic is its largest log-odds over its scored directions, and the piece's
+//! statistic is its largest frame; the benign null of that maximum, for the length class, turns it
+//! into `x = −log₁₀ p`. Novelty is the same with the mean tail depth of the components in the deepest
+//! window, `1/K Σ_k −ln(2 min(u_k, 1 − u_k))`, `u_k` from the component's benign distribution.
 
 use std::ops::Range;
 

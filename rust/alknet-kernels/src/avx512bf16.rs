@@ -158,19 +158,20 @@ fn pair_rows(x: &[f32], y: Option<&[f32]>, out: &mut [u32]) {
     }
 }
 
+/// Numbers 0 and 16, 1 and 17, …
+pub(crate) const INTERLEAVE: [u16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    order
+};
+
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn pair_16(x: &[f32; LANES], y: &[f32; LANES], out: &mut [u32; LANES]) {
-    /// Numbers 0 and 16, 1 and 17, …
-    const INTERLEAVE: [u16; 32] = {
-        let mut order = [0; 32];
-        let mut i = 0;
-        while i < 32 {
-            order[i] = (i / 2 + i % 2 * 16) as u16;
-            i += 1;
-        }
-        order
-    };
     // SAFETY: the arrays are as long as the registers; any pattern is a row of bf16 numbers.
     unsafe {
         let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(y.as_ptr()));

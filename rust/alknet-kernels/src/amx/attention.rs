@@ -14,6 +14,7 @@ use super::{
     tiles::{ROW_BYTES, ROWS, Tiles, tile_asm},
 };
 use crate::{
+    avx512bf16::INTERLEAVE,
     dispatch::{StoreValues, TileAttention},
     keys::{BLOCK, GROUP},
     scalar::LANES,
@@ -432,17 +433,6 @@ fn pair(first: __m512, second: __m512) -> __m512i {
     let first = _mm512_srli_epi32::<16>(rounded(first));
     _mm512_ternarylogic_epi32::<SELECT>(upper, rounded(second), first)
 }
-
-/// Words 0 and 16, 1 and 17, …
-const INTERLEAVE: [u16; 32] = {
-    let mut order = [0; 32];
-    let mut i = 0;
-    while i < 32 {
-        order[i] = (i / 2 + i % 2 * 16) as u16;
-        i += 1;
-    }
-    order
-};
 
 /// Transposes 16 rows of 16 words of 32 bits.
 #[inline]
