@@ -59,7 +59,7 @@ _FRAMED: dict[str, str] = {
 }
 
 _SECTIONS: dict[str, str] = {
-    "task_switch": "slipped",
+    "task_switch": "planted.task",
     "agent_instruction": "exfil.framed",
     "document_override": "doc.override",
     "instruction_override": "override",

@@ -51,7 +51,7 @@ _ATTACKS = (
     Group("office_injections", 2.0, attacks.attack_in_document(_OFFICE)),
     Group("household_injections", 1.0, attacks.attack_in_document(_HOUSEHOLD)),
     Group("pasted_injections", 1.0, attacks.attack_in_paste),
-    Group("foreign_injections", 1.5, attacks.foreign),
+    Group("foreign_injections", 2.2, attacks.foreign),
     Group("ciphers", 0.5, attacks.disguised),
     Group(
         "overrides",
