@@ -51,7 +51,7 @@ _PASTED_INTO: dict[str, float] = {
 # What reaches a model only as an order, and therefore needs a frame around it in a document.
 _FRAMED: dict[str, str] = {
     "exfiltration": "exfil.order",
-    "tool_hijack": "tool.order",
+    "tool_hijack": "planted.tool",
     "output_manipulation": "say.order",
     "sabotage": "sabotage.order",
     "prompt_extraction": "reveal.order",
@@ -60,7 +60,7 @@ _FRAMED: dict[str, str] = {
 
 _SECTIONS: dict[str, str] = {
     "task_switch": "planted.task",
-    "agent_instruction": "exfil.framed",
+    "agent_instruction": "planted.agent",
     "document_override": "doc.override",
     "instruction_override": "override",
     "advertising": "advert",
