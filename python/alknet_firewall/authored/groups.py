@@ -114,7 +114,7 @@ _BENIGN = (
     ),
     Group(
         "notorious_requests",
-        0.2,
+        0.8,
         benign.section("trigger.request", "notorious_words", "user", "hard_benign", typed=True),
     ),
     Group("orders_to_people", 1.7, benign.section("people", "orders_to_people", "document")),
