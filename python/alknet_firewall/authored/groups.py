@@ -132,7 +132,7 @@ _BENIGN = (
     ),
     Group("exercises", 0.6, benign.section("maths", "mathematics", "user")),
     Group("code", 0.8, benign.technical),
-    Group("machine_made", 0.35, machine.machine_made),
+    Group("machine_made", 0.9, machine.machine_made),
     Group("chatter", 0.6, benign.section("chatter", "chatter", "user", typed=True)),
     Group("documents", 1.0, benign.documents),
     Group("prose", 0.5, benign.prose),
