@@ -16,6 +16,24 @@ __all__ = ["attack_in_document", "attack_in_paste", "direct", "disguised", "fore
 # Stands for a pasted text while its frame is drawn, so that both of a pair get the same frame.
 _PASTED = "\ue001"
 
+# What an English writer calls the languages.
+_TONGUES: dict[str, str] = {
+    "ar": "Arabic",
+    "de": "German",
+    "es": "Spanish",
+    "fr": "French",
+    "hi": "Hindi",
+    "it": "Italian",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ru": "Russian",
+    "tr": "Turkish",
+    "zh": "Chinese",
+}
+
 # Families a stranger slips into a document, with their weights. Sections of the same name unless
 # `_SECTIONS` says otherwise.
 _PLANTED: dict[str, float] = {
@@ -61,14 +79,14 @@ _FRAMED: dict[str, str] = {
 _SECTIONS: dict[str, str] = {
     "task_switch": "planted.task",
     "agent_instruction": "planted.agent",
-    "document_override": "doc.override",
-    "instruction_override": "override",
+    "document_override": "planted.document",
+    "instruction_override": "typed.override",
     "advertising": "planted.advert",
     "rating_manipulation": "planted.rating",
     "memory_poisoning": "planted.memory",
     "conditional_trigger": "planted.conditional",
     "persuasion": "planted.persuasion",
-    "fake_turn": "faketurn",
+    "fake_turn": "typed.turn",
     "refusal_suppression": "typed.nohelp",
     "payload_splitting": "planted.split",
     "roleplay": "typed.roleplay",
@@ -208,6 +226,7 @@ def foreign(grammar: Grammar, dice: Dice) -> list[Draft]:
         return [Draft(override, "direct_injection", "foreign_language", "user", lang)]
     order = _foreign_order(lang, grammar, dice)
     if form == "switched":
+        order = grammar.draw("switched", dice, bind(foreign=order, tongue=_TONGUES[lang]))
         return _pair(
             CARRIERS[dice.pick(["email", "page", "prose", "html", "issue", "review"])],
             "code_switched", [order], grammar, dice,
