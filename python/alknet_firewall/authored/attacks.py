@@ -94,7 +94,7 @@ _SECTIONS: dict[str, str] = {
     "hypothetical": "typed.hypothetical",
     "fiction": "typed.fiction",
     "many_shot": "manyshot",
-    "multi_turn": "multiturn",
+    "multi_turn": "typed.turns",
     "terse_order": "typed.terse",
     "direct_extraction": "typed.direct",
     "indirect_extraction": "typed.indirect",
