@@ -19,7 +19,7 @@ from ..errors import InputError
 from .activations import Layout
 from .corpus import Row, sha256_of
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
-from .fit import FitOptions, Scorer, benign_moments, fit_scorer, pool, project
+from .fit import FitOptions, Scorer, fit_scorer, pool, project
 from .null import LENGTH_CLASSES, component_cdf, null_splines
 
 Array = npt.NDArray[np.float64]
@@ -69,9 +69,8 @@ def compile_codebook(
     """
     _check(corpus)
     left_out = cross_fit(corpus, options, progress=progress)
+    scales, moments = corpus.scales(options), corpus.moments(options)
     every = np.arange(len(corpus.rows))
-    scales = [corpus.windows.runs(n) for n in options.scales]
-    moments = [benign_moments(scale, corpus.attack, corpus.groups, every) for scale in scales]
     fitted = fit_scorer(scales, corpus.attack, corpus.groups, every, options, moments)
     tensors = {"mean": fitted.mean, "components": fitted.components}
     z = project(fitted.mean, fitted.components, corpus.windows.x)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .corpus import FOLDS, Row
-from .fit import FitOptions, Windows, benign_moments, fit_scorer
+from .fit import FitOptions, Moments, Windows, benign_moments, fit_scorer
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -47,6 +47,25 @@ class Corpus:
     def groups(self) -> list[tuple[str, str]]:
         """(source, kind) of every text."""
         return [(row.source, row.kind) for row in self.rows]
+
+    def scales(self, options: FitOptions) -> list[Windows]:
+        """Runs of windows at every scale; made once."""
+        return [self._scale(n)[0] for n in options.scales]
+
+    def moments(self, options: FitOptions) -> list[dict[tuple[str, str], Moments]]:
+        """Benign moments of every group at every scale; made once."""
+        return [self._scale(n)[1] for n in options.scales]
+
+    def _scale(self, n: int) -> tuple[Windows, dict[tuple[str, str], Moments]]:
+        if n not in self._made:
+            runs = self.windows.runs(n)
+            every = np.arange(len(self.rows))
+            self._made[n] = runs, benign_moments(runs, self.attack, self.groups, every)
+        return self._made[n]
+
+    @cached_property
+    def _made(self) -> dict[int, tuple[Windows, dict[tuple[str, str], Moments]]]:
+        return {}
 
     def of_origin(self, origin: str | None) -> Ints:
         """Texts that could have this origin; all if it is None."""
@@ -93,10 +112,8 @@ def cross_fit(
 ) -> Array:
     """Largest logit of every text under directions fitted without its fold, ``(n_texts,)``."""
     folds = folds_of(corpus.rows)
-    scales = [corpus.windows.runs(n) for n in options.scales]
+    scales, moments = corpus.scales(options), corpus.moments(options)
     attack, groups = corpus.attack, corpus.groups
-    every = np.arange(len(corpus.rows))
-    moments = [benign_moments(scale, attack, groups, every) for scale in scales]
     scores = np.full(len(corpus.rows), np.nan)
     for f, held in enumerate(folds):
         # The rows of authored groups that are left out must not show in the groups' moments either.
