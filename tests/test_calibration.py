@@ -179,6 +179,10 @@ class TestNull:
         assert weights.sum() == pytest.approx(1)
         assert weights[:100].sum() / weights[100:].sum() == pytest.approx(5)
 
+    def test_text_of_ours_weighs_half_as_much(self):
+        weights = null.source_weights(["public"] * 9 + ["authored/asides"] * 9)
+        assert weights[:9].sum() / weights[9:].sum() == pytest.approx(2)
+
     def test_joined_texts_are_as_alarming_as_their_worst_part(self):
         statistics, n_tokens = np.arange(40.0), np.full(40, 256)
         joined = null.joined(statistics, n_tokens, 1024)
@@ -190,7 +194,8 @@ class TestNull:
     def test_long_text_of_many_parts_makes_long_text_less_alarming(self):
         rng = np.random.default_rng(5)
         n_tokens = np.repeat([100, 1024], 500)
-        knots, values = null.null_splines(rng.normal(size=1000), n_tokens, ["one"] * 1000)
+        rows = [Row("text", False, "benign", "one", None)] * 1000
+        knots, values = null.null_splines(rng.normal(size=1000), n_tokens, rows)
         p = [
             10 ** -null.pchip_linear_above(knots[c], values[c], np.array([2.5]))[0] for c in (2, 4)
         ]

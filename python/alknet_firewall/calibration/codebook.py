@@ -136,9 +136,8 @@ def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
         raise InputError(
             f"the codebook has length classes {classes}, this library makes {LENGTH_CLASSES}"
         )
-    sources = corpus.sources
-    nulls = [null_splines(s, corpus.n_tokens, list(sources)) for s in statistics]
-    novelty = null_splines(depth, corpus.n_tokens, list(sources))
+    nulls = [null_splines(s, corpus.n_tokens, corpus.rows) for s in statistics]
+    novelty = null_splines(depth, corpus.n_tokens, corpus.rows)
     tensors["null_knots"] = np.stack([n[0] for n in nulls])
     tensors["null_values"] = np.stack([n[1] for n in nulls])
     tensors["novelty_knots"], tensors["novelty_values"] = novelty
@@ -214,7 +213,8 @@ def _nulls(corpus: Corpus, left_out: Array) -> dict[str, Array]:
     for origin in ORIGINS:
         texts = corpus.of_origin(origin)
         texts = texts[~corpus.attack[texts]]
-        x, y = null_splines(left_out[texts], corpus.n_tokens[texts], list(corpus.sources[texts]))
+        rows = [corpus.rows[int(t)] for t in texts]
+        x, y = null_splines(left_out[texts], corpus.n_tokens[texts], rows)
         knots.append(x)
         values.append(y)
     return {"null_knots": np.stack(knots), "null_values": np.stack(values)}
@@ -227,9 +227,8 @@ def _novelty_null(corpus: Corpus, z: Array) -> dict[str, Array]:
         others = _distributions(corpus, z, np.flatnonzero(~held & ~corpus.attack))
         depth[held] = _largest(corpus, _depth(z, others))[held]
     benign = np.flatnonzero(~corpus.attack)
-    knots, values = null_splines(
-        depth[benign], corpus.n_tokens[benign], list(corpus.sources[benign])
-    )
+    rows = [corpus.rows[int(t)] for t in benign]
+    knots, values = null_splines(depth[benign], corpus.n_tokens[benign], rows)
     return {"novelty_knots": knots, "novelty_values": values}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 
-__all__ = ["FOLDS", "Row", "read_corpora", "row_from", "sha256_of"]
+__all__ = ["FOLDS", "Row", "is_authored", "read_corpora", "row_from", "sha256_of"]
 
 # Public sources that are left out together when a detector is evaluated: each fold holds attack and
 # benign sources. How others are left out is in `crossfit.folds_of`.
@@ -163,3 +163,8 @@ def row_from(values: Any, default_source: str) -> Row | None:
     extras = {name: str(values.get(name) or "") for name in ("family", "lang", "pair")}
     extras["lang"] = _LANGUAGES.get(extras["lang"], extras["lang"])
     return Row(text, bool(label), kind, source, origin, **extras)
+
+
+def is_authored(source: str) -> bool:
+    """Whether a source was written for this project."""
+    return source.startswith("authored")

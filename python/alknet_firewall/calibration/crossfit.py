@@ -10,14 +10,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .corpus import FOLDS, Row
+from .corpus import FOLDS, Row, is_authored
 from .fit import FitOptions, Moments, Windows, benign_moments, fit_scorer
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-__all__ = ["ORIGINS", "Corpus", "cross_fit", "folds_of", "is_authored"]
+__all__ = ["ORIGINS", "Corpus", "cross_fit", "folds_of"]
 
 # Origins that get a null of their own; None is that of texts whose origin is unknown.
 ORIGINS: tuple[str | None, ...] = ("user", "document", None)
@@ -97,11 +97,6 @@ def folds_of(rows: Sequence[Row]) -> list[Bools]:
 def _third(row: Row) -> int:
     key = f"{row.source}\0{row.pair}" if row.pair else row.text
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[0] % _AUTHORED_FOLDS
-
-
-def is_authored(source: str) -> bool:
-    """Whether a source was written for this project."""
-    return source.startswith("authored")
 
 
 def cross_fit(

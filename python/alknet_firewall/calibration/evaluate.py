@@ -15,7 +15,8 @@ import numpy.typing as npt
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from ..evaluation.intervals import wilson
-from .crossfit import ORIGINS, Corpus, cross_fit, folds_of, is_authored
+from .corpus import is_authored
+from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
 from .fit import FitOptions
 from .null import LENGTH_CLASSES, length_class, null_splines, pchip_linear_above
 
@@ -167,9 +168,8 @@ def _log_p(corpus: Corpus, logits: Array, own: Bools, folds: list[Bools]) -> Arr
     classes = length_class(corpus.n_tokens)
     for held in folds:
         null = np.flatnonzero(own & ~held & ~corpus.attack)
-        knots, values = null_splines(
-            logits[null], corpus.n_tokens[null], list(corpus.sources[null])
-        )
+        rows = [corpus.rows[int(t)] for t in null]
+        knots, values = null_splines(logits[null], corpus.n_tokens[null], rows)
         for c in range(len(knots)):
             these = held & (classes == c)
             x[these] = pchip_linear_above(knots[c], values[c], logits[these])

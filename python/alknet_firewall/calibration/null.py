@@ -1,11 +1,12 @@
 """Null distributions: how often benign text reaches a statistic, per length class.
 
 The statistics come from benign sources that were left out when the directions that gave them were
-fitted, so that a p-value speaks of text from a source never seen. Sources weigh alike.
+fitted, so that a p-value speaks of text from a source never seen. Sources weigh alike; kinds of
+text that were written for this project, most of them to resemble attacks, weigh half as much.
 
 The last length class is also that of every segment of a long document, which may be about many
-things: the long texts of a corpus mostly stay with one. A quarter of its weight is therefore that
-of texts joined at random until they are as long.
+things: the long texts of a corpus mostly stay with one. Half of its weight is therefore that of
+documents joined at random until they are as long.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from scipy.interpolate import PchipInterpolator
+
+from .corpus import Row, is_authored
 
 Array = npt.NDArray[np.float64]
 
@@ -38,8 +41,11 @@ _LEVELS = np.array([0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.13, 0.09, 0.065])
 _TAIL_FROM = 0.05
 _TAIL_LEVELS = np.array([0.02, 0.01, 0.003, 0.001, 0.0001])
 
-# Weight of joined texts in the last class.
-_JOINED_SHARE = 0.25
+# Weight of a kind of text that was written for this project, beside a public source's.
+_AUTHORED_WEIGHT = 0.5
+
+# Weight of joined documents in the last class.
+_JOINED_SHARE = 0.5
 
 # A class with fewer texts than this borrows the neighbouring classes' texts.
 _ENOUGH = 400
@@ -55,12 +61,13 @@ def source_weights(sources: Sequence[str]) -> Array:
     """Weights that sum to one, so that a source of n texts weighs √n."""
     _, inverse, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
     weights = 1.0 / np.sqrt(counts[inverse])
+    weights *= [_AUTHORED_WEIGHT if is_authored(source) else 1.0 for source in sources]
     normalised: Array = weights / weights.sum()
     return normalised
 
 
 def null_splines(
-    statistics: Array, n_tokens: npt.NDArray[np.int64], sources: Sequence[str]
+    statistics: Array, n_tokens: npt.NDArray[np.int64], rows: Sequence[Row]
 ) -> tuple[Array, Array]:
     """Knots and −log₁₀ p, both ``(n_length_classes, N_KNOTS)``, from benign texts.
 
@@ -68,18 +75,23 @@ def null_splines(
     ----------
     statistics : ndarray
         ``(n_texts,)``, larger is more alarming.
+    rows : sequence of Row
+        The texts: where each comes from, and whether it is a document.
     """
     classes = length_class(n_tokens)
-    names = np.asarray(sources)
+    # What users write is joined only where there is nothing else.
+    documents = np.array([row.origin != "user" for row in rows])
+    parts = documents if documents.any() else ~documents
+    both = joined(statistics[parts], n_tokens[parts], LENGTH_CLASSES[-1])
     knots, values = [], []
     for c in range(len(LENGTH_CLASSES)):
         reach = 0
         while (near := np.abs(classes - c) <= reach).sum() < min(_ENOUGH, len(classes)):
             reach += 1
-        own, weights = statistics[near], source_weights(list(names[near]))
-        if c == len(LENGTH_CLASSES) - 1:
-            both = joined(statistics, n_tokens, LENGTH_CLASSES[-1])
-            share = np.full(len(both), _JOINED_SHARE / max(len(both), 1))
+        own = statistics[near]
+        weights = source_weights([rows[int(t)].source for t in np.flatnonzero(near)])
+        if c == len(LENGTH_CLASSES) - 1 and len(both):
+            share = np.full(len(both), _JOINED_SHARE / len(both))
             weights = np.concatenate([(1 - _JOINED_SHARE) * weights, share])
             own = np.concatenate([own, both])
         x, y = null_spline(own, weights)
