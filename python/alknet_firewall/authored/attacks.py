@@ -50,8 +50,7 @@ _PLANTED: dict[str, float] = {
     "conditional_trigger": 1.5,
     "persuasion": 2.5,
     "fake_turn": 1.5,
-    "sabotage": 2,
-    "reasoned_sabotage": 1,
+    "sabotage": 2.5,
     "prompt_extraction": 1,
     "refusal_suppression": 1,
     "roleplay": 0.5,
@@ -70,40 +69,59 @@ _PASTED_INTO: dict[str, float] = {
 # What reaches a model only as an order, and therefore needs a frame around it in a document.
 _FRAMED: dict[str, str] = {
     "exfiltration": "exfil.order",
-    "tool_hijack": "planted.tool",
+    "tool_hijack": "tool.order",
     "output_manipulation": "say.order",
-    "sabotage": "planted.sabotage",
+    "sabotage": "sabotage.order",
     "prompt_extraction": "reveal.order",
     "unsafe_request": "unsafe.order",
 }
 
 _SECTIONS: dict[str, str] = {
-    "task_switch": "planted.task",
-    "agent_instruction": "planted.agent",
-    "document_override": "planted.document",
+    "task_switch": "slipped",
+    "agent_instruction": "exfil.framed",
+    "document_override": "doc.override",
+    "instruction_override": "override",
+    "advertising": "advert",
+    "rating_manipulation": "rating",
+    "memory_poisoning": "memory",
+    "conditional_trigger": "conditional",
+    "persuasion": "persuasion",
+    "fake_turn": "faketurn",
+    "refusal_suppression": "nohelp",
+    "payload_splitting": "split",
+    "roleplay": "roleplay",
+    "opposite_day": "opposite",
+    "hypothetical": "hypothetical",
+    "fiction": "fiction",
+    "many_shot": "manyshot",
+    "multi_turn": "multiturn",
+    "terse_order": "shortattack",
+    "direct_extraction": "extract.direct",
+    "indirect_extraction": "extract.indirect",
+    "pretext_extraction": "extract.pretext",
+    "secret_extraction": "extract.secret",
+    "authority": "override.source",
+    "fresh_start": "override.fresh",
+}
+
+# Where what is typed has more to draw from than what is planted in a document.
+_TYPED: dict[str, str] = {
     "instruction_override": "typed.override",
-    "reasoned_sabotage": "sab.whole",
-    "advertising": "planted.advert",
-    "rating_manipulation": "planted.rating",
-    "memory_poisoning": "planted.memory",
-    "conditional_trigger": "planted.conditional",
-    "persuasion": "planted.persuasion",
     "fake_turn": "typed.turn",
     "refusal_suppression": "typed.nohelp",
-    "payload_splitting": "planted.split",
+    "memory_poisoning": "typed.memory",
+    "conditional_trigger": "typed.conditional",
+    "persuasion": "typed.persuasion",
+    "payload_splitting": "typed.split",
     "roleplay": "typed.roleplay",
-    "opposite_day": "opposite",
     "hypothetical": "typed.hypothetical",
     "fiction": "typed.fiction",
-    "many_shot": "manyshot",
     "multi_turn": "typed.turns",
     "terse_order": "typed.terse",
     "direct_extraction": "typed.direct",
     "indirect_extraction": "typed.indirect",
     "pretext_extraction": "typed.pretext",
     "secret_extraction": "typed.secret",
-    "authority": "override.source",
-    "fresh_start": "override.fresh",
 }
 
 _KINDS: dict[str, Kind] = {
@@ -117,11 +135,12 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def attack(family: str, grammar: Grammar, dice: Dice) -> str:
+def attack(family: str, grammar: Grammar, dice: Dice, typed: bool = False) -> str:
     """One attack of a family, in one of the registers people write in."""
     if family in _FRAMED:
         return register(_framed(_FRAMED[family], grammar, dice), dice)
-    return register(grammar.draw(_SECTIONS[family], dice), dice)
+    sections = _SECTIONS | _TYPED if typed else _SECTIONS
+    return register(grammar.draw(sections[family], dice), dice)
 
 
 def _framed(section: str, grammar: Grammar, dice: Dice) -> str:
@@ -202,7 +221,7 @@ def direct(families: list[str]) -> Callable[[Grammar, Dice], list[Draft]]:
     def write_one(grammar: Grammar, dice: Dice) -> list[Draft]:
         family = dice.pick(families)
         kind = _KINDS.get(family, "direct_injection")
-        return [Draft(attack(family, grammar, dice), kind, family, "user")]
+        return [Draft(attack(family, grammar, dice, typed=True), kind, family, "user")]
 
     return write_one
 

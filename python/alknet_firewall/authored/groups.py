@@ -32,13 +32,12 @@ class Group:
     write: Callable[[Grammar, Dice], list[Draft]]
 
 
-_MAIL = ["email", "thread", "newsletter", "calendar", "chat", "letter"]
-_WEB = ["html", "page", "shop", "search", "rss", "subtitle", "news", "faq", "travel"]
-_PUBLIC = ["review", "forum", "social", "listing", "shop", "sports", "obituary", "jobad"]
-_TOOLS = ["json", "yaml", "csv", "sql", "ticket", "search", "support"]
-_CODE = ["issue", "python", "csource", "log", "readme", "config", "changelog"]
-_HOUSEHOLD = ["recipe", "manual", "todo", "exam", "notice", "timetable", "menu", "lyrics"]
-_STUDY = ["abstract", "patent", "sermon", "judgement", "policy", "agenda", "script", "glossary"]
+_MAIL = ["email", "thread", "newsletter", "calendar", "chat"]
+_WEB = ["html", "page", "shop", "search", "rss", "subtitle"]
+_PUBLIC = ["review", "forum", "social", "listing", "shop"]
+_TOOLS = ["json", "yaml", "csv", "sql", "ticket", "search"]
+_CODE = ["issue", "python", "csource", "log", "readme", "config"]
+_HOUSEHOLD = ["recipe", "manual", "todo", "exam", "notice"]
 _OFFICE = ["resume", "minutes", "invoice", "contract", "pdf", "medical", "slides"]
 
 _ATTACKS = (
@@ -50,7 +49,7 @@ _ATTACKS = (
     Group("tool_injections", 2.6, attacks.attack_in_document(_TOOLS)),
     Group("code_injections", 2.2, attacks.attack_in_document(_CODE)),
     Group("office_injections", 2.0, attacks.attack_in_document(_OFFICE)),
-    Group("household_injections", 1.0, attacks.attack_in_document(_HOUSEHOLD + _STUDY)),
+    Group("household_injections", 1.0, attacks.attack_in_document(_HOUSEHOLD)),
     Group("pasted_injections", 1.0, attacks.attack_in_paste),
     Group("foreign_injections", 2.2, attacks.foreign),
     Group("ciphers", 0.5, attacks.disguised),
