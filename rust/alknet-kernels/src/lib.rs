@@ -27,7 +27,7 @@
 //! | `keys.rs` | queries, keys and values, in fp32 rows or as bf16 tiles |
 //! | `lines.rs` | numbers in whole cache lines |
 //! | `pool.rs` | the thread pool |
-//! | `ops.rs` | the steps of a decoder block, over all threads: the crate's safe surface |
+//! | `ops.rs` | the steps of a decoder block, and how threads share them: the crate's safe surface |
 //!
 //! Source of the rotation: QuaRot, arXiv 2404.00456.
 
@@ -57,7 +57,7 @@ mod scalar;
 mod tests;
 
 pub use isa::{Isa, UnknownIsa, UnsupportedIsa};
-pub use keys::{KeyValues, Projection};
+pub use keys::{KeyValues, NewPositions, Projection};
 pub use ops::{Engine, Extension, Heads, Pass, Segment};
 pub use pack::{MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Widen, padded_outputs};
 pub use pool::{Pool, Turn};

@@ -1,4 +1,10 @@
-//! The steps of a decoder block, each over all threads: the crate's safe surface.
+//! The steps of a decoder block: the crate's safe surface.
+//!
+//! A [`Pass`] takes rows through them in one of two ways. Where there are enough rows for all threads,
+//! each thread takes its own through one step after the other ([`Pass::for_each_part`]), and they stay in its
+//! core's cache; threads wait for each other only where attention reads keys and values of them all. Fewer
+//! rows go through every step on all threads, which share the columns: then each core reads only its part
+//! of the weights.
 
 use std::{cell::RefCell, ops::Range};
 
@@ -6,7 +12,7 @@ use crate::{
     attention::{AttentionTask, tokens_per_block},
     dispatch::{Kernels, Product, StoreValues, TileAttention, TileKernels},
     isa::{Isa, UnsupportedIsa},
-    keys::{BLOCK, BlockShape, GROUP, KeyValues, Projection},
+    keys::{BLOCK, BlockShape, GROUP, KeyValues, NewPositions, Projection},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
     pool::{Pool, Shared, Turn},
     rows::{Excess, QuantizedRows},
@@ -21,6 +27,10 @@ const PANEL_PAIR: usize = 2;
 
 /// Tasks per thread that even out what threads are held up by.
 const MIN_TASKS_PER_THREAD: usize = 4;
+
+/// Fewest rows that one thread takes through all steps: with fewer, reading all weights takes longer than
+/// handing rows over.
+const MIN_ROWS_PER_THREAD: usize = 16;
 
 /// Blocks of queries of one attention task at most: they share the keys that were made ready.
 const MAX_QUERY_BLOCKS: usize = 4;
@@ -124,15 +134,12 @@ pub struct Segment<'a> {
     pub cache: &'a KeyValues,
 }
 
-/// Rows of a chunk whose keys and values are added to a sequence's.
-#[derive(Debug)]
+/// Rows whose keys and values are added to a sequence's.
 pub struct Extension<'a> {
-    /// Rows of the chunk.
+    /// Rows of the projection.
     pub rows: Range<usize>,
-    /// Positions of this sequence that are still to come, these included: memory is set aside for them.
-    pub expected: usize,
     /// Where they go.
-    pub cache: &'a mut KeyValues,
+    pub places: NewPositions<'a>,
 }
 
 /// A turn on the pool, and the steps that can be run during it.
@@ -158,6 +165,28 @@ fn with_buffer(len: usize, run: impl FnOnce(&mut [f32])) {
 }
 
 impl Pass {
+    /// How many parts `rows` rows are best cut into for [`Pass::for_each_part`]: as many as there are
+    /// threads for them, or one.
+    pub fn parts(&self, rows: usize) -> usize {
+        let threads = self.turn.free_threads();
+        if rows >= MIN_ROWS_PER_THREAD * threads { threads } else { 1 }
+    }
+
+    /// Calls `run(pass, part)` for every part: for a single one with this pass, else part by part with
+    /// passes of one thread. Part `i` stays on thread `i` from call to call, if nothing holds that up.
+    pub fn for_each_part<T: Send>(&self, parts: &mut [T], run: impl Fn(&Pass, &mut T) + Sync) {
+        if let [part] = parts {
+            return run(self, part);
+        }
+        let alone = Pass { kernels: self.kernels, turn: Turn::alone() };
+        let tasks = parts.len();
+        let parts = Shared::new(parts);
+        self.turn.for_each_own(tasks, |i| {
+            // SAFETY: every part belongs to one task.
+            run(&alone, &mut unsafe { parts.range(i, 1) }[0]);
+        });
+    }
+
     /// Calls `run(i, chunk)` for every `width · rows` numbers of `x`, on all threads.
     pub fn for_each_rows(
         &self,
@@ -372,57 +401,74 @@ impl Pass {
         });
     }
 
-    /// Adds the keys and values of rows to those of their sequences.
+    /// Makes room for `more` positions, and for `expected` in all that are still to come.
+    pub fn grow<'a>(
+        &self,
+        heads: Heads,
+        cache: &'a mut KeyValues,
+        more: usize,
+        expected: usize,
+    ) -> NewPositions<'a> {
+        match self.kernels.tiles {
+            Some(_) => NewPositions::in_blocks(&heads, cache, more, expected),
+            None => NewPositions::in_rows(&heads, cache, more, expected),
+        }
+    }
+
+    /// Puts the keys and values of rows in their places.
     pub fn extend(&self, heads: Heads, projection: &Projection, extensions: &mut [Extension<'_>]) {
-        for extension in extensions {
+        for Extension { rows, places } in extensions {
+            assert_eq!(rows.len(), places.positions.len());
             match &self.kernels.tiles {
-                Some(tiles) => self.extend_blocks(tiles, heads, &projection.words, extension),
-                None => extend_rows(heads, &projection.numbers, extension),
+                Some(tiles) => {
+                    self.extend_blocks(tiles, heads, &projection.words, rows.start, places);
+                }
+                None => extend_rows(heads, &projection.numbers, rows.start, places),
             }
         }
     }
 
-    /// [`Pass::extend`] in bf16: a task is one group of positions of one head.
+    /// [`Pass::extend`] in bf16, from row `row` on: a task is one group of positions of one head.
     fn extend_blocks(
         &self,
         tiles: &TileKernels,
         heads: Heads,
         projection: &[u16],
-        extension: &mut Extension<'_>,
+        row: usize,
+        places: &NewPositions<'_>,
     ) {
         let (shape, width) = (BlockShape::new(&heads), Projection::width(&heads));
-        let (rows, blocks) = (extension.rows.clone(), &mut extension.cache.blocks);
-        blocks.reserve(shape, extension.expected);
-        let new = blocks.grow(shape, rows.len());
+        let NewPositions { positions: new, words, .. } = places;
         let groups = new.start / GROUP..new.end.div_ceil(GROUP);
-        let words = Shared::new(blocks.words_mut());
         let pairs = heads.num_key_value_heads;
         self.turn.for_each(groups.len() * pairs, |task| {
             let (group, head) = (groups.start + task / pairs, task % pairs);
             let positions = new.start.max(group * GROUP)..new.end.min((group + 1) * GROUP);
-            let row = rows.start + positions.start - new.start;
+            let row = row + positions.start - new.start;
             let place = |kind| {
                 Projection::place(&heads, row, heads.num_attention_heads + kind * pairs + head)
             };
             let first = positions.start % GROUP;
             let block = positions.start / BLOCK * shape.block() + head * 2 * shape.half();
             let in_block = group % (BLOCK / GROUP) * GROUP;
-            // SAFETY: every group of a head belongs to one task.
-            let (keys, values) = unsafe {
-                let keys = block + (in_block + first) * shape.row;
-                let values = block + shape.half() + in_block * shape.row;
-                (
-                    words.range(keys, positions.len() * shape.row),
-                    words.range(values, GROUP * shape.row),
-                )
-            };
+            let keys = block + (in_block + first) * shape.row;
+            // SAFETY: every position belongs to one task.
+            let keys = unsafe { words.range(keys, positions.len() * shape.row) };
             for (i, key) in keys.chunks_exact_mut(shape.row).enumerate() {
                 key.copy_from_slice(&projection[place(0) + i * width..][..shape.row]);
             }
-            let rows = &projection[place(1)..];
-            let len = positions.len();
-            let task = StoreValues { rows, stride: width, first, len, row: shape.row };
-            // SAFETY: the table of kernels was handed out after the CPU check.
+            let values = block + shape.half() + in_block * shape.row;
+            let values = words.places(values, GROUP * shape.row);
+            let task = StoreValues {
+                rows: &projection[place(1)..],
+                stride: width,
+                first,
+                len: positions.len(),
+                last: places.last && positions.end == new.end,
+                row: shape.row,
+            };
+            // SAFETY: every position belongs to one task, and what follows the last to nobody else;
+            // the table of kernels was handed out after the CPU check.
             unsafe { (tiles.store_values)(&task, values) };
         });
     }
@@ -546,16 +592,15 @@ fn units_per_task(units: usize, threads: usize) -> usize {
     (1..=2 * fair).rev().min_by_key(|size| largest_share(*size)).unwrap_or(1)
 }
 
-/// [`Pass::extend`] in fp32.
-fn extend_rows(heads: Heads, projection: &[f32], extension: &mut Extension<'_>) {
-    let KeyValues { keys, values, .. } = extension.cache;
-    keys.reserve_exact(extension.expected * heads.kv_width());
-    values.reserve_exact(extension.expected * heads.kv_width());
-    for row in extension.rows.clone() {
-        let row = &projection[row * heads.qkv_width()..][..heads.qkv_width()];
-        let (new_keys, new_values) = row[heads.query_width()..].split_at(heads.kv_width());
-        keys.extend_from_slice(new_keys);
-        values.extend_from_slice(new_values);
+/// [`Pass::extend`] in fp32, from row `row` on.
+fn extend_rows(heads: Heads, projection: &[f32], row: usize, places: &mut NewPositions<'_>) {
+    let width = heads.kv_width();
+    let rows = projection[row * heads.qkv_width()..].chunks_exact(heads.qkv_width());
+    let places = places.keys.chunks_exact_mut(width).zip(places.values.chunks_exact_mut(width));
+    for (row, (key, value)) in rows.zip(places) {
+        let (new_key, new_value) = row[heads.query_width()..].split_at(width);
+        key.copy_from_slice(new_key);
+        value.copy_from_slice(new_value);
     }
 }
 
