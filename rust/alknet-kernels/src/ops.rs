@@ -6,7 +6,11 @@
 //! rows go through every step on all threads, which share the columns: then each core reads only its part
 //! of the weights.
 
-use std::{cell::RefCell, ops::Range};
+use std::{
+    cell::RefCell,
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
 
 use crate::{
     attention::{AttentionTask, tokens_per_block},
@@ -25,7 +29,13 @@ const ROW_BLOCK: usize = 128;
 /// Panels that are computed together: 32 outputs.
 const PANEL_PAIR: usize = 2;
 
-/// Tasks per thread that even out what threads are held up by.
+/// Numbers of a product that are computed between two visits of the epilogue, about.
+const TILE_NUMBERS: usize = 16 << 10;
+
+/// Shares of rows begin at multiples of so many, which fill the tiles of all kernels.
+const ROW_UNIT: usize = 16;
+
+/// Tasks of attention per thread that even out what threads are held up by.
 const MIN_TASKS_PER_THREAD: usize = 4;
 
 /// Fewest rows that one thread takes through all steps: with fewer, reading all weights takes longer than
@@ -174,17 +184,28 @@ impl Pass {
 
     /// Calls `run(pass, part)` for every part: for a single one with this pass, else part by part with
     /// passes of one thread. Part `i` stays on thread `i` from call to call, if nothing holds that up.
-    pub fn for_each_part<T: Send>(&self, parts: &mut [T], run: impl Fn(&Pass, &mut T) + Sync) {
+    ///
+    /// # Errors
+    /// One of those of `run`; the other parts are still run.
+    pub fn for_each_part<T: Send, E: Send>(
+        &self,
+        parts: &mut [T],
+        run: impl Fn(&Pass, &mut T) -> Result<(), E> + Sync,
+    ) -> Result<(), E> {
         if let [part] = parts {
             return run(self, part);
         }
         let alone = Pass { kernels: self.kernels, turn: Turn::alone() };
         let tasks = parts.len();
         let parts = Shared::new(parts);
+        let result = Mutex::new(Ok(()));
         self.turn.for_each_own(tasks, |i| {
             // SAFETY: every part belongs to one task.
-            run(&alone, &mut unsafe { parts.range(i, 1) }[0]);
+            if let Err(error) = run(&alone, &mut unsafe { parts.range(i, 1) }[0]) {
+                *result.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
+            }
         });
+        result.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Calls `run(i, chunk)` for every `width · rows` numbers of `x`, on all threads.
@@ -261,7 +282,8 @@ impl Pass {
         });
     }
 
-    /// Cuts `x · Wᵀ` into tasks. They begin at multiples of `unit` panels and hold whole units.
+    /// Cuts `x · Wᵀ` into as many tasks as there are threads, each some rows by a run of panels, which
+    /// begins at a multiple of `unit` and holds whole units.
     fn for_products(
         &self,
         x: &QuantizedRows,
@@ -270,19 +292,15 @@ impl Pass {
         run: impl Fn(&Product<'_>) + Sync,
     ) {
         assert_eq!(x.width(), w.inputs());
-        let threads = self.turn.threads();
-        // Few rows: long runs of panels, which can be fetched ahead. Many: tiles that stay in cache.
-        let few = x.rows() <= ROW_BLOCK || self.kernels.tiles.is_some();
-        let task_panels = unit * if few { units_per_task(w.panels() / unit, threads) } else { 1 };
-        let column_tasks = w.panels().div_ceil(task_panels);
-        let row_tasks = threads.div_ceil(column_tasks).min(x.rows().div_ceil(ROW_BLOCK));
-        let task_rows = x.rows().div_ceil(row_tasks.max(1)).max(1);
-        self.turn.for_each(column_tasks * x.rows().div_ceil(task_rows), |task| {
-            let (row_task, column_task) = (task / column_tasks, task % column_tasks);
-            let first = column_task * task_panels;
-            let panels = first..w.panels().min(first + task_panels);
-            let rows = row_task * task_rows..x.rows().min((row_task + 1) * task_rows);
-            run(&Product { x, rows, w, panels });
+        let units = w.panels().div_ceil(unit);
+        let (row_shares, column_shares) = grid(self.turn.free_threads(), x.rows(), units);
+        let share_rows = x.rows().div_ceil(row_shares).next_multiple_of(ROW_UNIT);
+        self.turn.for_each_own(row_shares * column_shares, |task| {
+            let (row_share, share) = (task / column_shares, task % column_shares);
+            let rows =
+                x.rows().min(row_share * share_rows)..x.rows().min((row_share + 1) * share_rows);
+            let start = |share: usize| w.panels().min(units * share / column_shares * unit);
+            run(&Product { x, rows, w, panels: start(share)..start(share + 1) });
         });
     }
 
@@ -298,12 +316,18 @@ impl Pass {
         finish: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
     ) {
         self.for_products(x, w, unit, |Product { rows, panels, .. }| {
-            with_buffer(ROW_BLOCK.min(rows.len()) * panels.len() * LANES, |tile| {
-                for start in rows.clone().step_by(ROW_BLOCK) {
-                    let rows = start..rows.end.min(start + ROW_BLOCK);
-                    let tile = &mut tile[..rows.len() * panels.len() * LANES];
-                    self.kernels.matmul(x, rows.clone(), w, panels.clone(), tile);
-                    finish(rows, panels.clone(), tile);
+            let block_rows = ROW_BLOCK.min(rows.len()).max(1);
+            // Few rows: long runs of panels, which can be fetched ahead.
+            let run = (TILE_NUMBERS / (block_rows * unit * LANES)).max(1) * unit;
+            with_buffer(block_rows * run.min(panels.len()) * LANES, |tile| {
+                for first in panels.clone().step_by(run) {
+                    let panels = first..panels.end.min(first + run);
+                    for start in rows.clone().step_by(ROW_BLOCK) {
+                        let rows = start..rows.end.min(start + ROW_BLOCK);
+                        let tile = &mut tile[..rows.len() * panels.len() * LANES];
+                        self.kernels.matmul(x, rows.clone(), w, panels.clone(), tile);
+                        finish(rows, panels.clone(), tile);
+                    }
                 }
             });
         });
@@ -581,15 +605,15 @@ impl Pass {
     }
 }
 
-/// How many of `units` a task of a product holds: the most that leave the busiest of the threads as
-/// little as possible, with tasks enough to make up for a thread that is held up.
-fn units_per_task(units: usize, threads: usize) -> usize {
-    if threads == 1 {
-        return units.max(1);
-    }
-    let fair = (units / (MIN_TASKS_PER_THREAD * threads)).max(1);
-    let largest_share = |size: usize| units.div_ceil(size).div_ceil(threads) * size;
-    (1..=2 * fair).rev().min_by_key(|size| largest_share(*size)).unwrap_or(1)
+/// Into how many shares of rows and of units of columns a product is cut for `threads` threads: those that leave
+/// the busiest thread as little as possible, and of such the fewest shares of rows, so that each thread reads
+/// few weights.
+fn grid(threads: usize, rows: usize, units: usize) -> (usize, usize) {
+    let cut = |row_shares: usize| (row_shares, threads / row_shares);
+    let largest = |&(row_shares, column_shares): &(usize, usize)| {
+        rows.div_ceil(ROW_UNIT).div_ceil(row_shares) * units.div_ceil(column_shares)
+    };
+    (1..=threads).map(cut).min_by_key(largest).unwrap_or((1, 1))
 }
 
 /// [`Pass::extend`] in fp32, from row `row` on.

@@ -103,6 +103,24 @@ fn rotating_twice_multiplies_by_the_block_size() {
 }
 
 #[test]
+fn inner_products_add_sixteen_lanes() {
+    for len in [0, 5, 16, 100, 576] {
+        let (x, rows) = (noise(1, len), noise(2, 3 * len));
+        let mut found = [0.0; 3];
+        crate::dots(&x, &rows, &mut found);
+        for (i, found) in found.into_iter().enumerate() {
+            let row = &rows[i * len..][..len];
+            let whole = len / 16 * 16;
+            let product = |k: usize| x[k] * row[k];
+            let lane = |lane: usize| (lane..whole).step_by(16).map(product).sum::<f32>();
+            let tail = (whole..len).map(product).sum::<f32>();
+            assert_eq!(found, (0..16).map(lane).sum::<f32>() + tail);
+            assert_eq!(found, crate::dot(&x, row));
+        }
+    }
+}
+
+#[test]
 fn a_number_that_is_not_finite_makes_the_whole_row_nan() {
     let engine = Engine::new(Some(Isa::Scalar), Some(1)).unwrap();
     let w = pack(&engine, 5, 70, &noise(3, 5 * 70));

@@ -128,7 +128,6 @@ mod tests {
         let copy = first.clone();
         assert_eq!(copy.layers[1].keys, [1.0; 100]);
         drop(first);
-        drop(copy);
         let second = KvCache::recycled(2, &spares);
         assert_eq!(second.layers[1].keys.as_ptr(), place);
         assert!(second.is_empty() && second.layers.iter().all(|layer| layer.keys.is_empty()));
@@ -140,8 +139,19 @@ mod tests {
     fn memory_of_a_long_text_is_given_back() {
         let spares = Arc::new(SpareLayers::new(1));
         let mut long = KvCache::recycled(1, &spares);
-        long.layers[0].keys.reserve(SpareLayers::BYTES_PER_THREAD);
+        long.layers[0].keys.reserve(SpareLayers::BYTES_PER_THREAD / size_of::<f32>() + 1);
         drop(long);
         assert!(spares.take().is_none());
+    }
+
+    #[test]
+    fn memory_of_several_texts_is_kept_up_to_a_sum() {
+        let spares = Arc::new(SpareLayers::new(1));
+        let mut caches = [(); 3].map(|()| KvCache::recycled(1, &spares));
+        for cache in &mut caches {
+            cache.layers[0].keys.reserve(SpareLayers::BYTES_PER_THREAD / size_of::<f32>() / 2);
+        }
+        drop(caches);
+        assert!(spares.take().is_some() && spares.take().is_some() && spares.take().is_none());
     }
 }

@@ -175,22 +175,26 @@ impl NativeBackend {
         pass: &Pass,
         parts: &mut [Part],
         batch: &mut [Sequence<'_>],
-        sink: &mut dyn Sink,
+        sink: &dyn Sink,
     ) -> Result<()> {
-        self.embed(pass, parts, batch)?;
+        pass.for_each_part(parts, |pass, Part { pieces, work }| {
+            self.embed(pass, pieces, work, batch)
+        })?;
         for layer in 0..=self.blocks.len() {
-            pass.for_each_part(&mut self.steps(pass, parts, batch, layer), |pass, step| {
-                let work = &mut step.part.work;
-                if let Some(layer) = layer.checked_sub(1) {
-                    self.finish_block(pass, work, &step.segments, layer);
-                }
-                if layer < self.blocks.len() {
-                    self.begin_block(pass, work, &mut step.extensions, layer);
-                }
-            });
-            if let Some(layer) = layer.checked_sub(1) {
-                self.hand_over(parts, layer, sink)?;
-            }
+            pass.for_each_part(
+                &mut self.steps(pass, parts, batch, layer),
+                |pass, step| -> Result<()> {
+                    let Part { pieces, work } = &mut *step.part;
+                    if let Some(layer) = layer.checked_sub(1) {
+                        self.finish_block(pass, work, &step.segments, layer);
+                        self.hand_over(pieces, work, layer, sink)?;
+                    }
+                    if layer < self.blocks.len() {
+                        self.begin_block(pass, work, &mut step.extensions, layer);
+                    }
+                    Ok(())
+                },
+            )?;
         }
         for piece in parts.iter().flat_map(|part| &part.pieces) {
             let sequence = &mut batch[piece.sequence];
@@ -200,18 +204,8 @@ impl NativeBackend {
         Ok(())
     }
 
-    /// Fills in the residual stream and the rotary angles of every part.
-    fn embed(&self, pass: &Pass, parts: &mut [Part], batch: &[Sequence<'_>]) -> Result<()> {
-        let widened = Mutex::new(Ok(()));
-        pass.for_each_part(parts, |pass, Part { pieces, work }| {
-            if let Err(error) = self.embed_part(pass, pieces, work, batch) {
-                *widened.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
-            }
-        });
-        widened.into_inner().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn embed_part(
+    /// Fills in the residual stream and the rotary angles of a part.
+    fn embed(
         &self,
         pass: &Pass,
         pieces: &[Piece],
@@ -343,20 +337,23 @@ impl NativeBackend {
     }
 
     /// Hands over what is read of a block that has just been finished.
-    fn hand_over(&self, parts: &[Part], layer: usize, sink: &mut dyn Sink) -> Result<()> {
+    fn hand_over(
+        &self,
+        pieces: &[Piece],
+        work: &Workspace,
+        layer: usize,
+        sink: &dyn Sink,
+    ) -> Result<()> {
         let hidden = self.config.hidden_size;
-        for kind in [SiteKind::AttnOut, SiteKind::MlpOut, SiteKind::ResidPost] {
+        for (kind, rows) in [
+            (SiteKind::AttnOut, &work.deltas[0]),
+            (SiteKind::MlpOut, &work.deltas[1]),
+            (SiteKind::ResidPost, &work.x),
+        ] {
             let Some(site) = self.site(layer, kind) else { continue };
-            for Part { pieces, work } in parts {
-                let rows = match kind {
-                    SiteKind::AttnOut => &work.deltas[0],
-                    SiteKind::MlpOut => &work.deltas[1],
-                    SiteKind::ResidPost => &work.x,
-                };
-                for piece in pieces {
-                    let rows = &rows[piece.rows.start * hidden..piece.rows.end * hidden];
-                    sink.rows(piece.sequence, site, piece.tokens.start, rows)?;
-                }
+            for piece in pieces {
+                let rows = &rows[piece.rows.start * hidden..piece.rows.end * hidden];
+                sink.rows(piece.sequence, site, piece.tokens.start, rows)?;
             }
         }
         Ok(())
@@ -410,7 +407,7 @@ impl Backend for NativeBackend {
         KvCache::recycled(self.blocks.len(), &self.spares)
     }
 
-    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &dyn Sink) -> Result<()> {
         batch.iter().try_for_each(|sequence| sequence.check(&self.config, self.blocks.len()))?;
         let (mut start, mut rest) = ((0, 0), batch.iter().map(|s| s.input_ids.len()).sum());
         while rest > 0 {

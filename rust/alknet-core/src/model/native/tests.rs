@@ -1,6 +1,10 @@
 //! The engine against a plain decoder, on small random models and, when asked for, on a real one.
 
-use std::{collections::HashMap, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 use alknet_kernels::Isa;
 use safetensors::{Dtype, tensor::TensorView};
@@ -13,17 +17,18 @@ use crate::{
     },
 };
 
-/// Activations of a batch, `[sequence][site][tokens · hidden_size]`.
+/// Activations of a batch, `[sequence][site][tokens · hidden_size]`, NaN until they are handed over.
 struct Collected {
     hidden_size: usize,
-    numbers: Vec<Vec<Vec<f32>>>,
+    numbers: Mutex<Vec<Vec<Vec<f32>>>>,
 }
 
 impl Sink for Collected {
-    fn rows(&mut self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
-        let numbers = &mut self.numbers[sequence][site];
-        assert_eq!(numbers.len(), first * self.hidden_size, "rows arrive in order of position");
-        numbers.extend_from_slice(rows);
+    fn rows(&self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
+        let numbers = &mut self.numbers.lock().unwrap()[sequence][site];
+        let place = &mut numbers[first * self.hidden_size..][..rows.len()];
+        assert!(place.iter().all(|x| x.is_nan()), "no row is handed over twice");
+        place.copy_from_slice(rows);
         Ok(())
     }
 }
@@ -34,12 +39,15 @@ fn read(
     texts: &[&[TokenId]],
     caches: &mut [KvCache],
 ) -> Vec<Vec<Vec<f32>>> {
+    let hidden_size = backend.hidden_size();
+    let empty =
+        |text: &&[TokenId]| vec![vec![f32::NAN; text.len() * hidden_size]; backend.sites().len()];
+    let numbers = Mutex::new(texts.iter().map(empty).collect());
     let mut batch: Vec<_> =
         texts.iter().zip(caches).map(|(input_ids, cache)| Sequence { input_ids, cache }).collect();
-    let numbers = vec![vec![Vec::new(); backend.sites().len()]; texts.len()];
-    let mut sink = Collected { hidden_size: backend.hidden_size(), numbers };
-    backend.forward(&mut batch, &mut sink).unwrap();
-    sink.numbers
+    let sink = Collected { hidden_size, numbers };
+    backend.forward(&mut batch, &sink).unwrap();
+    sink.numbers.into_inner().unwrap()
 }
 
 /// Reads one text from its start; `[site][tokens · hidden_size]`.
@@ -222,9 +230,10 @@ fn refuses_what_it_cannot_read() {
     let site = Site { layer: 0, kind: SiteKind::ResidPost };
     let backend = model.backend(&[site], 1, Isa::best());
     let refuse = |input_ids: &[TokenId], mut cache: KvCache| {
-        let mut sink = Collected { hidden_size: 64, numbers: vec![vec![Vec::new()]] };
+        let numbers = Mutex::new(vec![vec![vec![f32::NAN; input_ids.len() * 64]]]);
+        let sink = Collected { hidden_size: 64, numbers };
         let mut batch = [Sequence { input_ids, cache: &mut cache }];
-        backend.forward(&mut batch, &mut sink).unwrap_err().to_string()
+        backend.forward(&mut batch, &sink).unwrap_err().to_string()
     };
     assert!(refuse(&[300], backend.new_cache()).contains("outside the vocabulary of 300"));
     assert!(refuse(&[0; 2049], backend.new_cache()).contains("2049 tokens"));
