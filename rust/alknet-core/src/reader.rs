@@ -220,7 +220,7 @@ pub struct WindowLayout {
 }
 
 /// Tokens of one pass over the model, about: enough to fill the machine, few enough to bound memory.
-const PASS_TOKENS: usize = 4096;
+const PASS_TOKENS: usize = 1024;
 
 /// Cuts a list of pieces into passes of about [`PASS_TOKENS`] tokens, in order, one piece at least.
 pub(crate) fn passes<T>(pieces: &[T], tokens: impl Fn(&T) -> usize) -> Vec<&[T]> {
