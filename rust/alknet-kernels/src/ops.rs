@@ -609,9 +609,12 @@ impl Pass {
 /// the busiest thread as little as possible, and of such the fewest shares of rows, so that each thread reads
 /// few weights.
 fn grid(threads: usize, rows: usize, units: usize) -> (usize, usize) {
+    /// Units of rows that are multiplied while their weights are read: fewer take as long.
+    const LEAST: usize = 2;
     let cut = |row_shares: usize| (row_shares, threads / row_shares);
     let largest = |&(row_shares, column_shares): &(usize, usize)| {
-        rows.div_ceil(ROW_UNIT).div_ceil(row_shares) * units.div_ceil(column_shares)
+        let row_units = rows.div_ceil(ROW_UNIT).div_ceil(row_shares);
+        row_units.max(LEAST) * units.div_ceil(column_shares)
     };
     (1..=threads).map(cut).min_by_key(largest).unwrap_or((1, 1))
 }
@@ -682,5 +685,23 @@ impl RowWriter {
                 unsafe { (self.excess.range(row * words, words), self.excess_len.range(row, 1)) };
             len[0] = self.kernels.split(q, excess) as u32;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_rows_are_shared_by_columns_and_few_columns_by_rows() {
+        assert_eq!(grid(1, 500, 18), (1, 1));
+        assert_eq!(grid(2, 16, 18), (1, 2));
+        assert_eq!(grid(8, 16, 18), (1, 8));
+        // Eight shares of 18 columns leave three to some; two leave nine to both, of a quarter of the rows.
+        assert_eq!(grid(8, 128, 18), (4, 2));
+        assert_eq!(grid(8, 32, 18), (1, 8));
+        let (row_shares, column_shares) = grid(64, 512, 18);
+        assert!(row_shares * column_shares <= 64 && row_shares > 1);
+        assert_eq!(grid(3, 0, 18), (1, 3));
     }
 }
