@@ -87,11 +87,8 @@ fn attention(c: &mut Criterion) {
             pass.quantize(&mut numbers(len * HIDDEN), HIDDEN, &mut q);
             pass.qkv(&q, &w, HEADS, &numbers(len * HEADS.head_dim), &mut x);
             let mut cache = KeyValues::default();
-            pass.extend(
-                HEADS,
-                &x,
-                &mut [Extension { rows: 0..len, expected: len, cache: &mut cache }],
-            );
+            let places = pass.grow(HEADS, &mut cache, len, len);
+            pass.extend(HEADS, &x, &mut [Extension { rows: 0..len, places }]);
             let segment = Segment { rows: 0..rows, first: len - rows, cache: &cache };
             let mut out = vec![0.0; rows * HEADS.query_width()];
             group.bench_function(BenchmarkId::new(engine.isa().name(), len), |b| {

@@ -19,7 +19,7 @@ use alknet_core::model::{
 struct Discard;
 
 impl Sink for Discard {
-    fn rows(&mut self, _: usize, _: usize, _: usize, _: &[f32]) -> alknet_core::Result<()> {
+    fn rows(&self, _: usize, _: usize, _: usize, _: &[f32]) -> alknet_core::Result<()> {
         Ok(())
     }
 }
@@ -72,7 +72,7 @@ fn repeat(backend: &NativeBackend, input_ids: &[TokenId]) -> alknet_core::Result
     while times.len() < 5 || begin.elapsed() < Duration::from_secs(2) {
         let start = Instant::now();
         let mut cache = backend.new_cache();
-        backend.forward(&mut [Sequence { input_ids, cache: &mut cache }], &mut Discard)?;
+        backend.forward(&mut [Sequence { input_ids, cache: &mut cache }], &Discard)?;
         times.push(start.elapsed());
     }
     Ok(times)

@@ -232,10 +232,10 @@ impl Firewall {
     fn pass(&self, cases: &mut [Case<'_>], pieces: &[(usize, usize)]) -> Result<()> {
         let input_ids: Vec<_> = pieces.iter().map(|&(c, p)| cases[c].input_ids(p)).collect();
         let seq_lens: Vec<_> = input_ids.iter().map(|ids| ids.len()).collect();
-        let mut projector = Projector::new(&self.codebook, &seq_lens);
-        self.reader.read(&input_ids, &mut projector)?;
-        for (&(c, p), projections) in pieces.iter().zip(&projector.sequences) {
-            cases[c].pieces[p].frames = score::frames(&self.codebook, projections)?;
+        let projector = Projector::new(&self.codebook, &seq_lens);
+        self.reader.read(&input_ids, &projector)?;
+        for (&(c, p), projections) in pieces.iter().zip(projector.into_sequences()) {
+            cases[c].pieces[p].frames = score::frames(&self.codebook, &projections)?;
         }
         Ok(())
     }

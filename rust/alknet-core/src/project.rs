@@ -5,6 +5,10 @@
 //! activation `h` at root mean square 1, so that no token of a window outweighs the others. Whitening
 //! is folded into `C` when a codebook is compiled.
 
+use std::sync::{Mutex, PoisonError};
+
+use alknet_kernels::{dot, dots};
+
 use crate::{
     codebook::Codebook,
     error::{Error, Result},
@@ -18,8 +22,7 @@ pub type Projections = Vec<f32>;
 pub struct Projector<'a> {
     codebook: &'a Codebook,
     /// One per sequence; a row is complete once every site has been added.
-    pub sequences: Vec<Projections>,
-    centred: Vec<f32>,
+    sequences: Vec<Mutex<Projections>>,
 }
 
 impl<'a> Projector<'a> {
@@ -28,32 +31,37 @@ impl<'a> Projector<'a> {
         let k = codebook.n_components();
         Self {
             codebook,
-            sequences: seq_lens.iter().map(|n| vec![0.0; n * k]).collect(),
-            centred: vec![0.0; codebook.hidden_size],
+            sequences: seq_lens.iter().map(|n| Mutex::new(vec![0.0; n * k])).collect(),
         }
+    }
+
+    /// Projections of every sequence, once the engine is done.
+    pub fn into_sequences(self) -> Vec<Projections> {
+        let sequences = self.sequences.into_iter().map(Mutex::into_inner);
+        sequences.map(|sequence| sequence.unwrap_or_else(PoisonError::into_inner)).collect()
     }
 }
 
 impl Sink for Projector<'_> {
-    fn rows(&mut self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
+    fn rows(&self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
         let hidden = self.codebook.hidden_size;
         let (mean, components) = self.codebook.site(site);
         let k = self.codebook.n_components();
-        let to = &mut self.sequences[sequence][first * k..];
-        for (row, z) in rows.chunks_exact(hidden).zip(to.chunks_exact_mut(k)) {
+        let (mut centred, mut own) = (vec![0.0; hidden], vec![0.0; rows.len() / hidden * k]);
+        for (row, z) in rows.chunks_exact(hidden).zip(own.chunks_exact_mut(k)) {
             let scale = inverse_rms(row);
-            for ((c, h), m) in self.centred.iter_mut().zip(row).zip(mean) {
+            for ((c, h), m) in centred.iter_mut().zip(row).zip(mean) {
                 *c = h * scale - m;
             }
-            for (z, component) in z.iter_mut().zip(components.chunks_exact(hidden)) {
-                *z += dot(&self.centred, component);
-            }
-            if !z.iter().all(|z| z.is_finite()) {
-                return Err(Error::Inference(format!(
-                    "activations at site {site} are not finite: the text was not screened"
-                )));
-            }
+            dots(&centred, components, z);
         }
+        if !own.iter().all(|z| z.is_finite()) {
+            return Err(Error::Inference(format!(
+                "activations at site {site} are not finite: the text was not screened"
+            )));
+        }
+        let mut z = self.sequences[sequence].lock().unwrap_or_else(PoisonError::into_inner);
+        z[first * k..].iter_mut().zip(own).for_each(|(z, own)| *z += own);
         Ok(())
     }
 }
@@ -63,18 +71,4 @@ pub(crate) fn inverse_rms(row: &[f32]) -> f32 {
     // Of a row of zeros nothing is made.
     const EPSILON: f32 = 1e-6;
     (dot(row, row) / row.len() as f32 + EPSILON).sqrt().recip()
-}
-
-/// Inner product in a fixed order of summation: sixteen lanes, then their sum.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [0.0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in a_chunks.zip(b_chunks) {
-        for i in 0..LANES {
-            lanes[i] += x[i] * y[i];
-        }
-    }
-    lanes.iter().sum::<f32>() + tail
 }

@@ -93,7 +93,7 @@ impl Reader {
         let mut prefix = backend.new_cache();
         if let Some(bos) = bos_token_id {
             let batch = &mut [Sequence { input_ids: &[bos], cache: &mut prefix }];
-            backend.forward(batch, &mut Discard)?;
+            backend.forward(batch, &Discard)?;
         }
         Ok(Self { tokenizer, backend, prefix })
     }
@@ -126,7 +126,7 @@ impl Reader {
         &self,
         cache: &mut KvCache,
         input_ids: &[TokenId],
-        sink: &mut dyn Sink,
+        sink: &dyn Sink,
     ) -> Result<()> {
         self.backend.forward(&mut [Sequence { input_ids, cache }], sink)
     }
@@ -135,7 +135,7 @@ impl Reader {
     ///
     /// # Errors
     /// As [`Backend::forward`].
-    pub fn read(&self, pieces: &[&[TokenId]], sink: &mut dyn Sink) -> Result<()> {
+    pub fn read(&self, pieces: &[&[TokenId]], sink: &dyn Sink) -> Result<()> {
         let mut caches = vec![self.prefix.clone(); pieces.len()];
         let mut batch: Vec<_> = pieces
             .iter()
@@ -158,12 +158,11 @@ impl Reader {
                 self.max_tokens()
             )));
         }
-        let mut capture =
-            Capture::new(&[n], self.backend.sites().len(), self.backend.hidden_size());
+        let capture = Capture::new(&[n], self.backend.sites().len(), self.backend.hidden_size());
         if n > 0 {
-            self.read(&[&encoding.input_ids], &mut capture)?;
+            self.read(&[&encoding.input_ids], &capture)?;
         }
-        Ok(capture.sequences.remove(0))
+        Ok(capture.into_sequences().remove(0))
     }
 
     /// Mean activations, each token's at root mean square 1 per site, of every window of several texts,
@@ -187,9 +186,9 @@ impl Reader {
         for pass in passes(&pieces, |(_, range)| range.len()) {
             let ids: Vec<_> = pass.iter().map(|(t, range)| &input_ids[*t][range.clone()]).collect();
             let seq_lens: Vec<_> = ids.iter().map(|ids| ids.len()).collect();
-            let mut capture = Capture::new(&seq_lens, n_sites, hidden);
-            self.read(&ids, &mut capture)?;
-            for ((t, _), activations) in pass.iter().zip(&mut capture.sequences) {
+            let capture = Capture::new(&seq_lens, n_sites, hidden);
+            self.read(&ids, &capture)?;
+            for ((t, _), mut activations) in pass.iter().zip(capture.into_sequences()) {
                 for row in activations.data.chunks_exact_mut(hidden) {
                     let scale = inverse_rms(row);
                     row.iter_mut().for_each(|h| *h *= scale);
@@ -221,7 +220,7 @@ pub struct WindowLayout {
 }
 
 /// Tokens of one pass over the model, about: enough to fill the machine, few enough to bound memory.
-const PASS_TOKENS: usize = 4096;
+const PASS_TOKENS: usize = 1024;
 
 /// Cuts a list of pieces into passes of about [`PASS_TOKENS`] tokens, in order, one piece at least.
 pub(crate) fn passes<T>(pieces: &[T], tokens: impl Fn(&T) -> usize) -> Vec<&[T]> {
@@ -275,7 +274,7 @@ pub fn segments(n_tokens: usize, length: usize, overlap: usize) -> Vec<Range<usi
 struct Discard;
 
 impl Sink for Discard {
-    fn rows(&mut self, _: usize, _: usize, _: usize, _: &[f32]) -> Result<()> {
+    fn rows(&self, _: usize, _: usize, _: usize, _: &[f32]) -> Result<()> {
         Ok(())
     }
 }

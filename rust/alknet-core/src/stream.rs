@@ -256,9 +256,9 @@ impl Stream {
         let Some(segment) = self.segments.last_mut() else { return Ok(()) };
         let end = limit.min(segment.tokens.start + codebook.segment_tokens);
         let input_ids = &self.encoding.input_ids[segment.tokens.end..end];
-        let mut projector = Projector::new(codebook, &[input_ids.len()]);
-        self.firewall.reader().extend(&mut self.cache, input_ids, &mut projector)?;
-        segment.projections.append(&mut projector.sequences[0]);
+        let projector = Projector::new(codebook, &[input_ids.len()]);
+        self.firewall.reader().extend(&mut self.cache, input_ids, &projector)?;
+        segment.projections.append(&mut projector.into_sequences()[0]);
         segment.frames = score::frames(codebook, &segment.projections)?;
         segment.tokens.end = end;
         Ok(())

@@ -493,13 +493,13 @@ fn weights_of_another_shape_or_not_finite_are_errors() {
 struct Ignore;
 
 impl Sink for Ignore {
-    fn rows(&mut self, _: usize, _: usize, _: usize, _: &[f32]) -> Result<()> {
+    fn rows(&self, _: usize, _: usize, _: usize, _: &[f32]) -> Result<()> {
         Ok(())
     }
 }
 
 fn forward(backend: &CandleBackend, input_ids: &[TokenId], cache: &mut KvCache) -> Result<()> {
-    backend.forward(&mut [Sequence { input_ids, cache }], &mut Ignore)
+    backend.forward(&mut [Sequence { input_ids, cache }], &Ignore)
 }
 
 #[test]
@@ -517,7 +517,7 @@ fn impossible_input_is_an_error() {
     assert!(matches!(run(&[1], used), Err(Error::Inference(_))));
     assert!(run(&[1; 128], backend.new_cache()).is_ok());
     assert!(run(&[], backend.new_cache()).is_ok());
-    assert!(backend.forward(&mut [], &mut Ignore).is_ok());
+    assert!(backend.forward(&mut [], &Ignore).is_ok());
     assert!(matches!(load(&bytes, &[]), Err(Error::Config(_))));
     assert_problem(load(&bytes, &[Site { layer: 4, ..LAST }]), "has no tensor \"model.layers.4.");
 }

@@ -64,6 +64,8 @@ pub(crate) struct StoreValues<'a> {
     pub(crate) first: usize,
     /// Number of positions.
     pub(crate) len: usize,
+    /// Whether zeros follow them to the end of the group.
+    pub(crate) last: bool,
     /// Numbers in a row.
     pub(crate) row: usize,
 }
@@ -79,7 +81,8 @@ pub(crate) struct TileKernels {
     pub(crate) add: Finished,
     pub(crate) gate_up: Finished,
     pub(crate) qkv: Project,
-    pub(crate) store_values: unsafe fn(&StoreValues<'_>, &mut [u16]),
+    /// The group's values begin at the pointer.
+    pub(crate) store_values: unsafe fn(&StoreValues<'_>, *mut u16),
     pub(crate) attention: unsafe fn(&TileAttention<'_>),
     /// Columns that attention computes together.
     pub(crate) columns: usize,

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{lines::Lines, ops::Heads};
+use crate::{lines::Lines, ops::Heads, pool::Shared};
 
 /// Result of the joint projection: rows of `[num_attention_heads + 2 · num_key_value_heads, head_dim]`,
 /// in fp32 or in bf16 as the kernels want them.
@@ -67,6 +67,79 @@ impl KeyValues {
         self.values.clone_from(&other.values);
         self.blocks.words.copy_from(&other.blocks.words, other.blocks.len);
         (self.blocks.positions, self.blocks.len) = (other.blocks.positions, other.blocks.len);
+    }
+}
+
+/// Places of new positions in [`KeyValues`], and the right to fill them. Cut into runs of positions
+/// by [`NewPositions::take`], they are filled by several threads.
+pub struct NewPositions<'a> {
+    pub(crate) positions: Range<usize>,
+    /// Whether no position follows: then what is left of the last group is filled with zeros.
+    pub(crate) last: bool,
+    /// `[positions, kv_width]`, or empty.
+    pub(crate) keys: &'a mut [f32],
+    pub(crate) values: &'a mut [f32],
+    /// Words of all blocks, or none.
+    pub(crate) words: Shared<u16>,
+}
+
+impl<'a> NewPositions<'a> {
+    /// Room in rows of fp32 numbers for `more` positions, for `expected` without allocating again.
+    pub(crate) fn in_rows(
+        heads: &Heads,
+        cache: &'a mut KeyValues,
+        more: usize,
+        expected: usize,
+    ) -> Self {
+        let width = heads.kv_width();
+        let past = cache.keys.len();
+        for rows in [&mut cache.keys, &mut cache.values] {
+            rows.reserve_exact(expected * width);
+            rows.resize(past + more * width, 0.0);
+        }
+        let (keys, values) = (&mut cache.keys[past..], &mut cache.values[past..]);
+        let first = past / width;
+        Self {
+            positions: first..first + more,
+            last: true,
+            keys,
+            values,
+            words: Shared::new(&mut []),
+        }
+    }
+
+    /// As [`NewPositions::in_rows`], in blocks.
+    pub(crate) fn in_blocks(
+        heads: &Heads,
+        cache: &'a mut KeyValues,
+        more: usize,
+        expected: usize,
+    ) -> Self {
+        let (shape, blocks) = (BlockShape::new(heads), &mut cache.blocks);
+        blocks.reserve(shape, expected);
+        let positions = blocks.grow(shape, more);
+        let words = Shared::new(blocks.words_mut());
+        Self { positions, last: true, keys: &mut [], values: &mut [], words }
+    }
+
+    /// Takes away the first `count` positions.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub fn take(&mut self, count: usize) -> Self {
+        assert!(count <= self.positions.len());
+        let width = self.keys.len() / self.positions.len().max(1);
+        let cut = |rows: &mut &'a mut [f32]| {
+            let (taken, rest) = std::mem::take(rows).split_at_mut(count * width);
+            *rows = rest;
+            taken
+        };
+        let (keys, values) = (cut(&mut self.keys), cut(&mut self.values));
+        let middle = self.positions.start + count;
+        let positions = self.positions.start..middle;
+        self.positions.start = middle;
+        let last = self.last && self.positions.is_empty();
+        Self { positions, last, keys, values, words: self.words.again() }
     }
 }
 

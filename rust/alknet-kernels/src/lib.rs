@@ -26,8 +26,9 @@
 //! | `rows.rs` | 8-bit activations |
 //! | `keys.rs` | queries, keys and values, in fp32 rows or as bf16 tiles |
 //! | `lines.rs` | numbers in whole cache lines |
+//! | `inner.rs` | inner products in fp32, for what is read of the activations |
 //! | `pool.rs` | the thread pool |
-//! | `ops.rs` | the steps of a decoder block, over all threads: the crate's safe surface |
+//! | `ops.rs` | the steps of a decoder block, and how threads share them: the crate's safe surface |
 //!
 //! Source of the rotation: QuaRot, arXiv 2404.00456.
 
@@ -45,6 +46,7 @@ mod avxvnni;
 #[cfg(target_arch = "x86_64")]
 mod bytes;
 mod dispatch;
+mod inner;
 mod isa;
 mod keys;
 mod lines;
@@ -56,8 +58,9 @@ mod scalar;
 #[cfg(test)]
 mod tests;
 
+pub use inner::{dot, dots};
 pub use isa::{Isa, UnknownIsa, UnsupportedIsa};
-pub use keys::{KeyValues, Projection};
+pub use keys::{KeyValues, NewPositions, Projection};
 pub use ops::{Engine, Extension, Heads, Pass, Segment};
 pub use pack::{MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Widen, padded_outputs};
 pub use pool::{Pool, Turn};

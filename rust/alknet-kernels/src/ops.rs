@@ -1,12 +1,22 @@
-//! The steps of a decoder block, each over all threads: the crate's safe surface.
+//! The steps of a decoder block: the crate's safe surface.
+//!
+//! A [`Pass`] takes rows through them in one of two ways. Where there are enough rows for all threads,
+//! each thread takes its own through one step after the other ([`Pass::for_each_part`]), and they stay in its
+//! core's cache; threads wait for each other only where attention reads keys and values of them all. Fewer
+//! rows go through every step on all threads, which share the columns: then each core reads only its part
+//! of the weights.
 
-use std::{cell::RefCell, ops::Range};
+use std::{
+    cell::RefCell,
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
 
 use crate::{
     attention::{AttentionTask, tokens_per_block},
     dispatch::{Kernels, Product, StoreValues, TileAttention, TileKernels},
     isa::{Isa, UnsupportedIsa},
-    keys::{BLOCK, BlockShape, GROUP, KeyValues, Projection},
+    keys::{BLOCK, BlockShape, GROUP, KeyValues, NewPositions, Projection},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
     pool::{Pool, Shared, Turn},
     rows::{Excess, QuantizedRows},
@@ -19,8 +29,18 @@ const ROW_BLOCK: usize = 128;
 /// Panels that are computed together: 32 outputs.
 const PANEL_PAIR: usize = 2;
 
-/// Tasks per thread that even out what threads are held up by.
+/// Numbers of a product that are computed between two visits of the epilogue, about.
+const TILE_NUMBERS: usize = 16 << 10;
+
+/// Shares of rows begin at multiples of so many, which fill the tiles of all kernels.
+const ROW_UNIT: usize = 16;
+
+/// Tasks of attention per thread that even out what threads are held up by.
 const MIN_TASKS_PER_THREAD: usize = 4;
+
+/// Fewest rows that one thread takes through all steps: with fewer, reading all weights takes longer than
+/// handing rows over.
+const MIN_ROWS_PER_THREAD: usize = 16;
 
 /// Blocks of queries of one attention task at most: they share the keys that were made ready.
 const MAX_QUERY_BLOCKS: usize = 4;
@@ -124,15 +144,12 @@ pub struct Segment<'a> {
     pub cache: &'a KeyValues,
 }
 
-/// Rows of a chunk whose keys and values are added to a sequence's.
-#[derive(Debug)]
+/// Rows whose keys and values are added to a sequence's.
 pub struct Extension<'a> {
-    /// Rows of the chunk.
+    /// Rows of the projection.
     pub rows: Range<usize>,
-    /// Positions of this sequence that are still to come, these included: memory is set aside for them.
-    pub expected: usize,
     /// Where they go.
-    pub cache: &'a mut KeyValues,
+    pub places: NewPositions<'a>,
 }
 
 /// A turn on the pool, and the steps that can be run during it.
@@ -158,6 +175,39 @@ fn with_buffer(len: usize, run: impl FnOnce(&mut [f32])) {
 }
 
 impl Pass {
+    /// How many parts `rows` rows are best cut into for [`Pass::for_each_part`]: as many as there are
+    /// threads for them, or one.
+    pub fn parts(&self, rows: usize) -> usize {
+        let threads = self.turn.free_threads();
+        if rows >= MIN_ROWS_PER_THREAD * threads { threads } else { 1 }
+    }
+
+    /// Calls `run(pass, part)` for every part: for a single one with this pass, else part by part with
+    /// passes of one thread. Part `i` stays on thread `i` from call to call, if nothing holds that up.
+    ///
+    /// # Errors
+    /// One of those of `run`; the other parts are still run.
+    pub fn for_each_part<T: Send, E: Send>(
+        &self,
+        parts: &mut [T],
+        run: impl Fn(&Pass, &mut T) -> Result<(), E> + Sync,
+    ) -> Result<(), E> {
+        if let [part] = parts {
+            return run(self, part);
+        }
+        let alone = Pass { kernels: self.kernels, turn: Turn::alone() };
+        let tasks = parts.len();
+        let parts = Shared::new(parts);
+        let result = Mutex::new(Ok(()));
+        self.turn.for_each_own(tasks, |i| {
+            // SAFETY: every part belongs to one task.
+            if let Err(error) = run(&alone, &mut unsafe { parts.range(i, 1) }[0]) {
+                *result.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
+            }
+        });
+        result.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Calls `run(i, chunk)` for every `width · rows` numbers of `x`, on all threads.
     pub fn for_each_rows(
         &self,
@@ -232,7 +282,8 @@ impl Pass {
         });
     }
 
-    /// Cuts `x · Wᵀ` into tasks. They begin at multiples of `unit` panels and hold whole units.
+    /// Cuts `x · Wᵀ` into as many tasks as there are threads, each some rows by a run of panels, which
+    /// begins at a multiple of `unit` and holds whole units.
     fn for_products(
         &self,
         x: &QuantizedRows,
@@ -241,19 +292,15 @@ impl Pass {
         run: impl Fn(&Product<'_>) + Sync,
     ) {
         assert_eq!(x.width(), w.inputs());
-        let threads = self.turn.threads();
-        // Few rows: long runs of panels, which can be fetched ahead. Many: tiles that stay in cache.
-        let few = x.rows() <= ROW_BLOCK || self.kernels.tiles.is_some();
-        let task_panels = unit * if few { units_per_task(w.panels() / unit, threads) } else { 1 };
-        let column_tasks = w.panels().div_ceil(task_panels);
-        let row_tasks = threads.div_ceil(column_tasks).min(x.rows().div_ceil(ROW_BLOCK));
-        let task_rows = x.rows().div_ceil(row_tasks.max(1)).max(1);
-        self.turn.for_each(column_tasks * x.rows().div_ceil(task_rows), |task| {
-            let (row_task, column_task) = (task / column_tasks, task % column_tasks);
-            let first = column_task * task_panels;
-            let panels = first..w.panels().min(first + task_panels);
-            let rows = row_task * task_rows..x.rows().min((row_task + 1) * task_rows);
-            run(&Product { x, rows, w, panels });
+        let units = w.panels().div_ceil(unit);
+        let (row_shares, column_shares) = grid(self.turn.free_threads(), x.rows(), units);
+        let share_rows = x.rows().div_ceil(row_shares).next_multiple_of(ROW_UNIT);
+        self.turn.for_each_own(row_shares * column_shares, |task| {
+            let (row_share, share) = (task / column_shares, task % column_shares);
+            let rows =
+                x.rows().min(row_share * share_rows)..x.rows().min((row_share + 1) * share_rows);
+            let start = |share: usize| w.panels().min(units * share / column_shares * unit);
+            run(&Product { x, rows, w, panels: start(share)..start(share + 1) });
         });
     }
 
@@ -269,12 +316,18 @@ impl Pass {
         finish: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
     ) {
         self.for_products(x, w, unit, |Product { rows, panels, .. }| {
-            with_buffer(ROW_BLOCK.min(rows.len()) * panels.len() * LANES, |tile| {
-                for start in rows.clone().step_by(ROW_BLOCK) {
-                    let rows = start..rows.end.min(start + ROW_BLOCK);
-                    let tile = &mut tile[..rows.len() * panels.len() * LANES];
-                    self.kernels.matmul(x, rows.clone(), w, panels.clone(), tile);
-                    finish(rows, panels.clone(), tile);
+            let block_rows = ROW_BLOCK.min(rows.len()).max(1);
+            // Few rows: long runs of panels, which can be fetched ahead.
+            let run = (TILE_NUMBERS / (block_rows * unit * LANES)).max(1) * unit;
+            with_buffer(block_rows * run.min(panels.len()) * LANES, |tile| {
+                for first in panels.clone().step_by(run) {
+                    let panels = first..panels.end.min(first + run);
+                    for start in rows.clone().step_by(ROW_BLOCK) {
+                        let rows = start..rows.end.min(start + ROW_BLOCK);
+                        let tile = &mut tile[..rows.len() * panels.len() * LANES];
+                        self.kernels.matmul(x, rows.clone(), w, panels.clone(), tile);
+                        finish(rows, panels.clone(), tile);
+                    }
                 }
             });
         });
@@ -372,57 +425,74 @@ impl Pass {
         });
     }
 
-    /// Adds the keys and values of rows to those of their sequences.
+    /// Makes room for `more` positions, and for `expected` in all that are still to come.
+    pub fn grow<'a>(
+        &self,
+        heads: Heads,
+        cache: &'a mut KeyValues,
+        more: usize,
+        expected: usize,
+    ) -> NewPositions<'a> {
+        match self.kernels.tiles {
+            Some(_) => NewPositions::in_blocks(&heads, cache, more, expected),
+            None => NewPositions::in_rows(&heads, cache, more, expected),
+        }
+    }
+
+    /// Puts the keys and values of rows in their places.
     pub fn extend(&self, heads: Heads, projection: &Projection, extensions: &mut [Extension<'_>]) {
-        for extension in extensions {
+        for Extension { rows, places } in extensions {
+            assert_eq!(rows.len(), places.positions.len());
             match &self.kernels.tiles {
-                Some(tiles) => self.extend_blocks(tiles, heads, &projection.words, extension),
-                None => extend_rows(heads, &projection.numbers, extension),
+                Some(tiles) => {
+                    self.extend_blocks(tiles, heads, &projection.words, rows.start, places);
+                }
+                None => extend_rows(heads, &projection.numbers, rows.start, places),
             }
         }
     }
 
-    /// [`Pass::extend`] in bf16: a task is one group of positions of one head.
+    /// [`Pass::extend`] in bf16, from row `row` on: a task is one group of positions of one head.
     fn extend_blocks(
         &self,
         tiles: &TileKernels,
         heads: Heads,
         projection: &[u16],
-        extension: &mut Extension<'_>,
+        row: usize,
+        places: &NewPositions<'_>,
     ) {
         let (shape, width) = (BlockShape::new(&heads), Projection::width(&heads));
-        let (rows, blocks) = (extension.rows.clone(), &mut extension.cache.blocks);
-        blocks.reserve(shape, extension.expected);
-        let new = blocks.grow(shape, rows.len());
+        let NewPositions { positions: new, words, .. } = places;
         let groups = new.start / GROUP..new.end.div_ceil(GROUP);
-        let words = Shared::new(blocks.words_mut());
         let pairs = heads.num_key_value_heads;
         self.turn.for_each(groups.len() * pairs, |task| {
             let (group, head) = (groups.start + task / pairs, task % pairs);
             let positions = new.start.max(group * GROUP)..new.end.min((group + 1) * GROUP);
-            let row = rows.start + positions.start - new.start;
+            let row = row + positions.start - new.start;
             let place = |kind| {
                 Projection::place(&heads, row, heads.num_attention_heads + kind * pairs + head)
             };
             let first = positions.start % GROUP;
             let block = positions.start / BLOCK * shape.block() + head * 2 * shape.half();
             let in_block = group % (BLOCK / GROUP) * GROUP;
-            // SAFETY: every group of a head belongs to one task.
-            let (keys, values) = unsafe {
-                let keys = block + (in_block + first) * shape.row;
-                let values = block + shape.half() + in_block * shape.row;
-                (
-                    words.range(keys, positions.len() * shape.row),
-                    words.range(values, GROUP * shape.row),
-                )
-            };
+            let keys = block + (in_block + first) * shape.row;
+            // SAFETY: every position belongs to one task.
+            let keys = unsafe { words.range(keys, positions.len() * shape.row) };
             for (i, key) in keys.chunks_exact_mut(shape.row).enumerate() {
                 key.copy_from_slice(&projection[place(0) + i * width..][..shape.row]);
             }
-            let rows = &projection[place(1)..];
-            let len = positions.len();
-            let task = StoreValues { rows, stride: width, first, len, row: shape.row };
-            // SAFETY: the table of kernels was handed out after the CPU check.
+            let values = block + shape.half() + in_block * shape.row;
+            let values = words.places(values, GROUP * shape.row);
+            let task = StoreValues {
+                rows: &projection[place(1)..],
+                stride: width,
+                first,
+                len: positions.len(),
+                last: places.last && positions.end == new.end,
+                row: shape.row,
+            };
+            // SAFETY: every position belongs to one task, and what follows the last to nobody else;
+            // the table of kernels was handed out after the CPU check.
             unsafe { (tiles.store_values)(&task, values) };
         });
     }
@@ -535,27 +605,29 @@ impl Pass {
     }
 }
 
-/// How many of `units` a task of a product holds: the most that leave the busiest of the threads as
-/// little as possible, with tasks enough to make up for a thread that is held up.
-fn units_per_task(units: usize, threads: usize) -> usize {
-    if threads == 1 {
-        return units.max(1);
-    }
-    let fair = (units / (MIN_TASKS_PER_THREAD * threads)).max(1);
-    let largest_share = |size: usize| units.div_ceil(size).div_ceil(threads) * size;
-    (1..=2 * fair).rev().min_by_key(|size| largest_share(*size)).unwrap_or(1)
+/// Into how many shares of rows and of units of columns a product is cut for `threads` threads: those that leave
+/// the busiest thread as little as possible, and of such the fewest shares of rows, so that each thread reads
+/// few weights.
+fn grid(threads: usize, rows: usize, units: usize) -> (usize, usize) {
+    /// Units of rows that are multiplied while their weights are read: fewer take as long.
+    const LEAST: usize = 2;
+    let cut = |row_shares: usize| (row_shares, threads / row_shares);
+    let largest = |&(row_shares, column_shares): &(usize, usize)| {
+        let row_units = rows.div_ceil(ROW_UNIT).div_ceil(row_shares);
+        row_units.max(LEAST) * units.div_ceil(column_shares)
+    };
+    (1..=threads).map(cut).min_by_key(largest).unwrap_or((1, 1))
 }
 
-/// [`Pass::extend`] in fp32.
-fn extend_rows(heads: Heads, projection: &[f32], extension: &mut Extension<'_>) {
-    let KeyValues { keys, values, .. } = extension.cache;
-    keys.reserve_exact(extension.expected * heads.kv_width());
-    values.reserve_exact(extension.expected * heads.kv_width());
-    for row in extension.rows.clone() {
-        let row = &projection[row * heads.qkv_width()..][..heads.qkv_width()];
-        let (new_keys, new_values) = row[heads.query_width()..].split_at(heads.kv_width());
-        keys.extend_from_slice(new_keys);
-        values.extend_from_slice(new_values);
+/// [`Pass::extend`] in fp32, from row `row` on.
+fn extend_rows(heads: Heads, projection: &[f32], row: usize, places: &mut NewPositions<'_>) {
+    let width = heads.kv_width();
+    let rows = projection[row * heads.qkv_width()..].chunks_exact(heads.qkv_width());
+    let places = places.keys.chunks_exact_mut(width).zip(places.values.chunks_exact_mut(width));
+    for (row, (key, value)) in rows.zip(places) {
+        let (new_key, new_value) = row[heads.query_width()..].split_at(width);
+        key.copy_from_slice(new_key);
+        value.copy_from_slice(new_value);
     }
 }
 
@@ -613,5 +685,23 @@ impl RowWriter {
                 unsafe { (self.excess.range(row * words, words), self.excess_len.range(row, 1)) };
             len[0] = self.kernels.split(q, excess) as u32;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_rows_are_shared_by_columns_and_few_columns_by_rows() {
+        assert_eq!(grid(1, 500, 18), (1, 1));
+        assert_eq!(grid(2, 16, 18), (1, 2));
+        assert_eq!(grid(8, 16, 18), (1, 8));
+        // Eight shares of 18 columns leave three to some; two leave nine to both, of a quarter of the rows.
+        assert_eq!(grid(8, 128, 18), (4, 2));
+        assert_eq!(grid(8, 32, 18), (1, 8));
+        let (row_shares, column_shares) = grid(64, 512, 18);
+        assert!(row_shares * column_shares <= 64 && row_shares > 1);
+        assert_eq!(grid(3, 0, 18), (1, 3));
     }
 }

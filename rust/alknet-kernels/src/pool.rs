@@ -4,6 +4,9 @@
 //! step, so that workers spin a little before they sleep. Whoever calls works too, and takes up the
 //! tasks of a worker that does not come: nothing ever waits for a thread that is not running.
 //!
+//! Steps that follow each other and touch the same numbers cut them alike and name the thread of each
+//! task ([`Turn::for_each_own`]), so that the numbers stay in the cache of one core.
+//!
 //! Callers take a [`Turn`] first, and no more turns are given out than there are threads. While `n`
 //! turns are out, `n − 1` workers stay asleep, since the callers themselves use those cores.
 //!
@@ -12,6 +15,7 @@
 
 use std::{
     any::Any,
+    cell::Cell,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     ptr,
     sync::{
@@ -26,6 +30,11 @@ const SPINS_BEFORE_SLEEP: u32 = 2_000;
 
 /// Polls of a caller for the last tasks before it offers its core to others.
 const SPINS_BEFORE_YIELD: u32 = 2_000;
+
+thread_local! {
+    /// Number of this thread in its team; callers have the first place.
+    static SEAT: Cell<usize> = const { Cell::new(0) };
+}
 
 /// A pool of a fixed number of threads, the caller's own included.
 #[derive(Debug)]
@@ -60,7 +69,7 @@ impl Pool {
         *turns += 1;
         team.turns_out.store(*turns, Ordering::Relaxed);
         drop(turns);
-        Turn { team }
+        Turn { team: Some(team) }
     }
 
     /// The team of this process.
@@ -104,13 +113,24 @@ impl Drop for Pool {
 /// The right to run steps on the pool. Given back when dropped.
 #[derive(Debug)]
 pub struct Turn {
-    team: Arc<Team>,
+    /// `None` on one thread alone.
+    team: Option<Arc<Team>>,
 }
 
 impl Turn {
+    /// Steps run on the calling thread alone, which needs no turn.
+    pub(crate) fn alone() -> Self {
+        Self { team: None }
+    }
+
     /// Number of threads of the pool.
     pub fn threads(&self) -> usize {
-        self.team.workers.len() + 1
+        self.team.as_ref().map_or(1, |team| team.workers.len() + 1)
+    }
+
+    /// How many threads, the caller's own included, are not taken up by other turns at present.
+    pub fn free_threads(&self) -> usize {
+        1 + self.team.as_ref().map_or(0, |team| team.helpers_per_turn())
     }
 
     /// Calls `run(i)` once for every `i` below `tasks`, on this thread and on idle workers, and
@@ -119,9 +139,12 @@ impl Turn {
     /// # Panics
     /// When a call panics; the others are still made.
     pub fn for_each(&self, tasks: usize, run: impl Fn(usize) + Sync) {
-        let team = &self.team;
-        let helpers = self.threads().saturating_sub(team.turns_out.load(Ordering::Relaxed));
-        let alone = tasks < 2 || helpers == 0 || team.busy.swap(true, Ordering::Acquire);
+        let team = match &self.team {
+            Some(team) if tasks > 1 => team,
+            _ => return (0..tasks).for_each(run),
+        };
+        let helpers = team.helpers_per_turn();
+        let alone = helpers == 0 || team.busy.swap(true, Ordering::Acquire);
         if alone {
             (0..tasks).for_each(run);
         } else {
@@ -132,15 +155,31 @@ impl Turn {
             }
         }
     }
+
+    /// [`Turn::for_each`] in which thread `i` of the pool makes call `i`, or another one that is done
+    /// with its own before thread `i` has come.
+    ///
+    /// # Panics
+    /// As [`Turn::for_each`].
+    pub fn for_each_own(&self, tasks: usize, run: impl Fn(usize) + Sync) {
+        let taken: Vec<_> = (0..tasks).map(|_| AtomicBool::new(false)).collect();
+        let take = |task: &usize| !taken[*task].swap(true, Ordering::Relaxed);
+        self.for_each(tasks, |_| {
+            let seat = SEAT.get();
+            // There are as many calls as tasks, so that one is left for each.
+            (seat..tasks).chain(0..seat.min(tasks)).find(take).into_iter().for_each(&run);
+        });
+    }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let mut turns = self.team.lock_turns();
+        let Some(team) = &self.team else { return };
+        let mut turns = team.lock_turns();
         *turns -= 1;
-        self.team.turns_out.store(*turns, Ordering::Relaxed);
+        team.turns_out.store(*turns, Ordering::Relaxed);
         drop(turns);
-        self.team.turn_given_back.notify_one();
+        team.turn_given_back.notify_one();
     }
 }
 
@@ -202,6 +241,11 @@ impl Team {
 
     fn lock_turns(&self) -> MutexGuard<'_, usize> {
         self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Workers that may take part in the steps of a turn: callers use the cores of the others.
+    fn helpers_per_turn(&self) -> usize {
+        (self.workers.len() + 1).saturating_sub(self.turns_out.load(Ordering::Relaxed))
     }
 
     /// Runs a step with up to `helpers` workers; returns the payload of a task that panicked.
@@ -279,6 +323,7 @@ impl Team {
 
     /// Life of worker `index`.
     fn serve(&self, index: usize) {
+        SEAT.set(index + 1);
         let mut polls = 0;
         while !self.stopping.load(Ordering::Acquire) {
             let invited = index < self.helpers.load(Ordering::Relaxed) as usize;
@@ -288,6 +333,9 @@ impl Team {
             } else if polls < SPINS_BEFORE_SLEEP {
                 std::hint::spin_loop();
                 polls += 1;
+            } else if invited && self.unfinished.load(Ordering::Relaxed) > 0 {
+                // The next step is sure to come soon.
+                thread::yield_now();
             } else {
                 self.sleep(index);
                 polls = 0;
@@ -332,11 +380,27 @@ pub(crate) struct Shared<T> {
 
 // SAFETY: access goes through `range`, whose callers keep the ranges of different threads apart.
 unsafe impl<T: Send> Sync for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for Shared<T> {}
 
 impl<T> Shared<T> {
     /// Takes over the slice for as long as the tasks run.
     pub(crate) fn new(slice: &mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len() }
+    }
+
+    /// The same slice once more.
+    pub(crate) fn again(&self) -> Self {
+        Self { ..*self }
+    }
+
+    /// The `len` numbers from `start`, for tasks that write places of their own among those of others.
+    ///
+    /// # Panics
+    /// When the range is outside the slice.
+    pub(crate) fn places(&self, start: usize, len: usize) -> *mut T {
+        assert!(start <= self.len && len <= self.len - start, "range outside the shared slice");
+        self.start.wrapping_add(start)
     }
 
     /// The `len` numbers from `start`.
@@ -348,9 +412,8 @@ impl<T> Shared<T> {
     /// When the range is outside the slice.
     #[expect(clippy::mut_from_ref, reason = "tasks hold ranges that do not overlap")]
     pub(crate) unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
-        assert!(start <= self.len && len <= self.len - start, "range outside the shared slice");
         // SAFETY: inside the slice; exclusive by this function's contract.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+        unsafe { std::slice::from_raw_parts_mut(self.places(start, len), len) }
     }
 }
 
@@ -369,6 +432,38 @@ mod tests {
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    #[test]
+    fn every_task_runs_once_on_its_own_thread_or_another() {
+        for threads in [1, 2, 3, 8] {
+            let pool = Pool::new(Some(threads));
+            let turn = pool.turn();
+            for round in 0..200 {
+                let tasks = round % (threads + 1);
+                let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                turn.for_each_own(tasks, |i| _ = counts[i].fetch_add(1, Ordering::Relaxed));
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn tasks_stay_on_their_threads() {
+        let pool = Pool::new(Some(2));
+        let turn = pool.turn();
+        let run = || {
+            // Two tasks that wait for each other run on two threads.
+            let (barrier, ids) = (std::sync::Barrier::new(2), Mutex::new([None; 2]));
+            turn.for_each_own(2, |i| {
+                barrier.wait();
+                ids.lock().unwrap()[i] = Some(thread::current().id());
+            });
+            ids.into_inner().unwrap()
+        };
+        let first = run();
+        assert_eq!(first[0], Some(thread::current().id()));
+        assert!((0..50).all(|_| run() == first));
     }
 
     #[test]

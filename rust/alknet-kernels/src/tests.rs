@@ -64,8 +64,8 @@ fn projection(heads: &Heads, numbers: Vec<f32>) -> Projection {
 fn extend(pass: &Pass, heads: Heads, x: &Projection, ends: &[usize], cache: &mut KeyValues) {
     let mut start = 0;
     for &end in ends {
-        let (rows, expected) = (start..end, end - start);
-        pass.extend(heads, x, &mut [Extension { rows, expected, cache: &mut *cache }]);
+        let places = pass.grow(heads, cache, end - start, end - start);
+        pass.extend(heads, x, &mut [Extension { rows: start..end, places }]);
         start = end;
     }
 }
@@ -98,6 +98,24 @@ fn rotating_twice_multiplies_by_the_block_size() {
         hadamard(&mut twice, block);
         for (twice, x) in twice.iter().zip(x) {
             assert!((twice / block as f32 - x).abs() < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn inner_products_add_sixteen_lanes() {
+    for len in [0, 5, 16, 100, 576] {
+        let (x, rows) = (noise(1, len), noise(2, 3 * len));
+        let mut found = [0.0; 3];
+        crate::dots(&x, &rows, &mut found);
+        for (i, found) in found.into_iter().enumerate() {
+            let row = &rows[i * len..][..len];
+            let whole = len / 16 * 16;
+            let product = |k: usize| x[k] * row[k];
+            let lane = |lane: usize| (lane..whole).step_by(16).map(product).sum::<f32>();
+            let tail = (whole..len).map(product).sum::<f32>();
+            assert_eq!(found, (0..16).map(lane).sum::<f32>() + tail);
+            assert_eq!(found, crate::dot(&x, row));
         }
     }
 }
@@ -536,6 +554,31 @@ fn gate_and_up_alternate_in_panels() {
     }
 }
 
+/// A group of positions may have several writers, in any order.
+#[test]
+fn positions_are_filled_in_runs() {
+    let heads = Heads { num_attention_heads: 4, num_key_value_heads: 2, head_dim: 24 };
+    let rows = 150;
+    let x = projection(&heads, noise(1, rows * heads.qkv_width()));
+    for isa in Isa::available() {
+        let engine = Engine::new(Some(isa), Some(2)).unwrap();
+        let pass = engine.pass();
+        let held = |cache: &KeyValues| {
+            (cache.keys.clone(), cache.values.clone(), cache.blocks.words().to_vec())
+        };
+        let (mut whole, mut runs) = (KeyValues::default(), KeyValues::default());
+        extend(&pass, heads, &x, &[5, rows], &mut whole);
+        extend(&pass, heads, &x, &[5], &mut runs);
+        let mut places = pass.grow(heads, &mut runs, rows - 5, rows - 5);
+        let mut extensions: Vec<_> = [5..41, 41..72, 72..rows]
+            .map(|rows| Extension { places: places.take(rows.len()), rows })
+            .into();
+        extensions.reverse();
+        pass.extend(heads, &x, &mut extensions);
+        assert!(held(&runs) == held(&whole), "{isa}");
+    }
+}
+
 /// Segments of one chunk read their own keys only, and a token's result does not depend on its chunk.
 #[test]
 fn segments_do_not_see_each_other() {
@@ -554,8 +597,8 @@ fn segments_do_not_see_each_other() {
         let (mut long, mut short) = (KeyValues::default(), KeyValues::default());
         extend(&pass, heads, &past, &[first], &mut long);
         let add = |rows: std::ops::Range<usize>, cache: &mut KeyValues| {
-            let expected = rows.len();
-            pass.extend(heads, &x, &mut [Extension { rows, expected, cache }]);
+            let places = pass.grow(heads, cache, rows.len(), rows.len());
+            pass.extend(heads, &x, &mut [Extension { rows, places }]);
         };
         fn segment(rows: std::ops::Range<usize>, cache: &KeyValues) -> Segment<'_> {
             Segment { first: 30 + rows.start, rows, cache }

@@ -45,7 +45,7 @@ impl ForeignBackend {
         input_ids: &[TokenId],
         first: usize,
         sequence: usize,
-        sink: &mut dyn Sink,
+        sink: &dyn Sink,
     ) -> Result<()> {
         let rows = Python::attach(|py| -> PyResult<Vec<f32>> {
             let array = self.model.call_method1(py, "activations", (input_ids.to_vec(),))?;
@@ -99,7 +99,7 @@ impl Backend for ForeignBackend {
         KvCache::new(0)
     }
 
-    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &dyn Sink) -> Result<()> {
         for (index, sequence) in batch.iter_mut().enumerate() {
             let first = sequence.cache.len();
             sequence.cache.input_ids.extend_from_slice(sequence.input_ids);

@@ -13,35 +13,48 @@ pub type LayerCache = KeyValues;
 /// zeroed by the operating system, page by page, which takes a tenth of a short pass.
 #[derive(Debug)]
 pub(super) struct SpareLayers {
+    /// Most bytes that are kept.
     most: usize,
-    spares: Mutex<Vec<Vec<LayerCache>>>,
+    spares: Mutex<Spares>,
+}
+
+#[derive(Debug, Default)]
+struct Spares {
+    caches: Vec<Vec<LayerCache>>,
+    bytes: usize,
 }
 
 impl SpareLayers {
-    /// Memory of a longer text is given back at once.
-    const MAX_BYTES: usize = 12 << 20;
+    /// Bytes per thread: those of a segment of 1,024 tokens of the shipped detector's model.
+    const BYTES_PER_THREAD: usize = 12 << 20;
 
-    /// Keeps the memory of up to `most` caches.
-    pub(super) fn new(most: usize) -> Self {
-        Self { most, spares: Mutex::default() }
+    /// Memory for an engine of `threads` threads.
+    pub(super) fn new(threads: usize) -> Self {
+        Self { most: threads * Self::BYTES_PER_THREAD, spares: Mutex::default() }
     }
 
     fn take(&self) -> Option<Vec<LayerCache>> {
         // In a forked process the lock may be held for ever: then there is new memory.
-        self.spares.try_lock().ok()?.pop()
+        let mut spares = self.spares.try_lock().ok()?;
+        let layers = spares.caches.pop()?;
+        spares.bytes -= bytes(&layers);
+        Some(layers)
     }
 
     fn put(&self, mut layers: Vec<LayerCache>) {
-        if layers.iter().map(LayerCache::bytes).sum::<usize>() > Self::MAX_BYTES {
-            return;
-        }
         layers.iter_mut().for_each(LayerCache::clear);
+        let bytes = bytes(&layers);
         if let Ok(mut spares) = self.spares.try_lock()
-            && spares.len() < self.most
+            && spares.bytes + bytes <= self.most
         {
-            spares.push(layers);
+            spares.bytes += bytes;
+            spares.caches.push(layers);
         }
     }
+}
+
+fn bytes(layers: &[LayerCache]) -> usize {
+    layers.iter().map(LayerCache::bytes).sum()
 }
 
 /// What a sequence has read so far. A clone is an independent continuation, so that a constant
@@ -115,7 +128,6 @@ mod tests {
         let copy = first.clone();
         assert_eq!(copy.layers[1].keys, [1.0; 100]);
         drop(first);
-        drop(copy);
         let second = KvCache::recycled(2, &spares);
         assert_eq!(second.layers[1].keys.as_ptr(), place);
         assert!(second.is_empty() && second.layers.iter().all(|layer| layer.keys.is_empty()));
@@ -127,8 +139,19 @@ mod tests {
     fn memory_of_a_long_text_is_given_back() {
         let spares = Arc::new(SpareLayers::new(1));
         let mut long = KvCache::recycled(1, &spares);
-        long.layers[0].keys.reserve(SpareLayers::MAX_BYTES);
+        long.layers[0].keys.reserve(SpareLayers::BYTES_PER_THREAD / size_of::<f32>() + 1);
         drop(long);
         assert!(spares.take().is_none());
+    }
+
+    #[test]
+    fn memory_of_several_texts_is_kept_up_to_a_sum() {
+        let spares = Arc::new(SpareLayers::new(1));
+        let mut caches = [(); 3].map(|()| KvCache::recycled(1, &spares));
+        for cache in &mut caches {
+            cache.layers[0].keys.reserve(SpareLayers::BYTES_PER_THREAD / size_of::<f32>() / 2);
+        }
+        drop(caches);
+        assert!(spares.take().is_some() && spares.take().is_some() && spares.take().is_none());
     }
 }

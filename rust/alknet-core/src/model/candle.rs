@@ -259,7 +259,7 @@ impl CandleBackend {
         layer: usize,
         output: &BlockOutput,
         batch: &[Sequence<'_>],
-        sink: &mut dyn Sink,
+        sink: &dyn Sink,
     ) -> Result<()> {
         for (index, site) in self.sites.iter().enumerate().filter(|(_, s)| s.layer == layer) {
             let tensor = match site.kind {
@@ -367,7 +367,7 @@ impl Backend for CandleBackend {
         KvCache::new(self.blocks.len())
     }
 
-    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &dyn Sink) -> Result<()> {
         for sequence in batch.iter() {
             sequence.check(&self.config, self.blocks.len())?;
         }

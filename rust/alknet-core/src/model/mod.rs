@@ -119,19 +119,20 @@ fn num_layers(sites: &[Site]) -> Result<usize> {
     Ok(deepest + 1)
 }
 
-/// Takes activations as they are made.
-pub trait Sink {
+/// Takes activations as they are made, on the threads that make them.
+pub trait Sink: Sync {
     /// Receives `rows` of `sequence` (its index in the batch) at `site` (its index in [`Backend::sites`]).
     ///
     /// `first` is the index, within the new `input_ids` of that sequence, of the first row. An engine
-    /// may hand over a sequence in several runs of rows, each run once per site, in order of position.
+    /// may hand over a sequence in several runs of rows, each run once per site, sites of earlier layers
+    /// first; runs may come from several threads at once.
     ///
     /// # Shapes
     /// - `rows`: `[n, hidden_size]`, row-major, `n ≥ 1`
     ///
     /// # Errors
     /// Whatever the consumer finds wrong, such as a number that is not finite; it ends the pass.
-    fn rows(&mut self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()>;
+    fn rows(&self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()>;
 }
 
 /// An engine for one model, stopped after its deepest site.
@@ -160,5 +161,5 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// [`Error::Input`] for token ids outside the vocabulary or more positions than the model has,
     /// [`Error::Inference`] when the engine fails. The caches are then unspecified and must be dropped.
-    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()>;
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &dyn Sink) -> Result<()>;
 }

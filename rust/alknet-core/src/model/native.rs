@@ -8,9 +8,11 @@
 //! rotated (see `alknet-kernels`). They are packed when the model is loaded and shared by all threads;
 //! embedding rows are widened from the mapped file as they are needed.
 //!
-//! Input is read in chunks of [`CHUNK`] tokens, of one sequence or several, so that memory besides
-//! the key/value cache does not grow with it. A token's result does not depend on the chunk, the
-//! batch or the number of threads, to the last bit.
+//! Input is read in chunks of at most [`CHUNK`] tokens, of one sequence or several, so that memory besides
+//! the key/value cache does not grow with it. A chunk's rows are cut into one part per thread, which
+//! that thread takes through all blocks; it waits for the others once per block, when keys and values are
+//! in their caches. A token's result does not depend on the chunk, the batch or the number of threads,
+//! to the last bit.
 
 #[cfg(test)]
 mod reference;
@@ -36,7 +38,13 @@ use super::{
 use crate::error::{Error, Result};
 
 /// Most tokens that go through the blocks together.
-const CHUNK: usize = 256;
+const CHUNK: usize = 512;
+
+/// Most of them that one thread takes through: what belongs to them stays in its core's caches.
+const ROWS_PER_THREAD: usize = 256;
+
+/// Parts of a chunk begin at multiples of so many rows, which fill the kernels' tiles.
+const ROW_UNIT: usize = 16;
 
 /// A loaded model. Immutable, apart from buffers that are kept for the next call.
 pub struct NativeBackend {
@@ -69,13 +77,13 @@ struct Half {
     second: PackedMatrix,
 }
 
-/// Buffers of one chunk.
+/// Buffers of one part of a chunk.
 #[derive(Default)]
 struct Workspace {
     /// `[rows, hidden_size]`: the residual stream.
     x: Vec<f32>,
-    /// `[rows, hidden_size]`: what a half adds to it, where that is read.
-    delta: Vec<f32>,
+    /// `[rows, hidden_size]`: what attention and feed-forward network add to it, where that is read.
+    deltas: [Vec<f32>; 2],
     /// `[rows, head_dim]`: cosines, then sines of the rotary angles.
     angles: Vec<f32>,
     /// Queries, keys and values.
@@ -86,16 +94,31 @@ struct Workspace {
     quantized: QuantizedRows,
 }
 
-/// The part of a sequence that is in the chunk.
+/// Rows of a chunk that are taken through the blocks by themselves.
+struct Part {
+    pieces: Vec<Piece>,
+    work: Workspace,
+}
+
+/// The tokens of a sequence that are in a part.
+#[derive(Debug, PartialEq)]
 struct Piece {
     /// Index in the batch.
     sequence: usize,
     /// Tokens of its new `input_ids`.
     tokens: Range<usize>,
-    /// Their rows in the chunk.
+    /// Their rows in the part.
     rows: Range<usize>,
     /// Position of the first of them.
     first: usize,
+}
+
+/// What a part does between two waits: the rest of one block, which reads keys and values of all
+/// parts, and the beginning of the next, which writes its own.
+struct Step<'a> {
+    part: &'a mut Part,
+    segments: Vec<Segment<'a>>,
+    extensions: Vec<Extension<'a>>,
 }
 
 impl NativeBackend {
@@ -150,34 +173,30 @@ impl NativeBackend {
     fn chunk(
         &self,
         pass: &Pass,
-        work: &mut Workspace,
-        pieces: &[Piece],
+        parts: &mut [Part],
         batch: &mut [Sequence<'_>],
-        sink: &mut dyn Sink,
+        sink: &dyn Sink,
     ) -> Result<()> {
-        self.embed(pass, work, pieces, batch)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            self.attention(pass, work, pieces, batch, layer);
-            self.add(
-                pass,
-                work,
-                &block.attention.second,
-                pieces,
-                self.site(layer, SiteKind::AttnOut),
-                sink,
+        pass.for_each_part(parts, |pass, Part { pieces, work }| {
+            self.embed(pass, pieces, work, batch)
+        })?;
+        for layer in 0..=self.blocks.len() {
+            pass.for_each_part(
+                &mut self.steps(pass, parts, batch, layer),
+                |pass, step| -> Result<()> {
+                    let Part { pieces, work } = &mut *step.part;
+                    if let Some(layer) = layer.checked_sub(1) {
+                        self.finish_block(pass, work, &step.segments, layer);
+                        self.hand_over(pieces, work, layer, sink)?;
+                    }
+                    if layer < self.blocks.len() {
+                        self.begin_block(pass, work, &mut step.extensions, layer);
+                    }
+                    Ok(())
+                },
             )?;
-            let Some(mlp) = &block.mlp else { continue };
-            let (eps, width) = (self.config.rms_norm_eps as f32, self.config.intermediate_size);
-            pass.rms_norm_quantize(&work.x, &mlp.norm, eps, &mut work.quantized);
-            let inner = &mut work.inner[..work.quantized.rows() * width];
-            pass.gate_up(&work.quantized, &mlp.first, width, inner);
-            pass.quantize(inner, width, &mut work.quantized);
-            self.add(pass, work, &mlp.second, pieces, self.site(layer, SiteKind::MlpOut), sink)?;
-            if let Some(site) = self.site(layer, SiteKind::ResidPost) {
-                self.hand_over(&work.x, pieces, site, sink)?;
-            }
         }
-        for piece in pieces {
+        for piece in parts.iter().flat_map(|part| &part.pieces) {
             let sequence = &mut batch[piece.sequence];
             let tokens = &sequence.input_ids[piece.tokens.clone()];
             sequence.cache.input_ids.extend_from_slice(tokens);
@@ -185,12 +204,12 @@ impl NativeBackend {
         Ok(())
     }
 
-    /// Fills in the residual stream and the rotary angles of the chunk.
+    /// Fills in the residual stream and the rotary angles of a part.
     fn embed(
         &self,
         pass: &Pass,
-        work: &mut Workspace,
         pieces: &[Piece],
+        work: &mut Workspace,
         batch: &[Sequence<'_>],
     ) -> Result<()> {
         let (hidden, dim) = (self.config.hidden_size, self.heads.head_dim);
@@ -211,7 +230,6 @@ impl NativeBackend {
                 *widened.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
             }
         });
-        widened.into_inner().unwrap_or_else(PoisonError::into_inner)?;
         let RotaryFrequencies { inv_freq, attention_factor } = &self.frequencies;
         pass.for_each_rows(&mut work.angles, dim, |row, angles| {
             let (cos, sin) = angles.split_at_mut(dim / 2);
@@ -220,77 +238,146 @@ impl NativeBackend {
                 (*cos, *sin) = ((c * attention_factor) as f32, (s * attention_factor) as f32);
             }
         });
-        Ok(())
+        widened.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Attention of one block, up to the input of `o_proj`.
-    fn attention(
+    /// The parts with what they read of block `layer - 1` and write of block `layer`, each if there is one.
+    fn steps<'a>(
+        &self,
+        pass: &Pass,
+        parts: &'a mut [Part],
+        batch: &'a mut [Sequence<'_>],
+        layer: usize,
+    ) -> Vec<Step<'a>> {
+        let step = |part| Step { part, segments: Vec::new(), extensions: Vec::new() };
+        let mut steps: Vec<_> = parts.iter_mut().map(step).collect();
+        for (index, sequence) in batch.iter_mut().enumerate() {
+            let own = |piece: &&Piece| piece.sequence == index;
+            let pieces = || steps.iter().filter_map(|step| step.part.pieces.iter().find(own));
+            let Some(first) = pieces().next() else { continue };
+            let new = pieces().map(|piece| piece.rows.len()).sum();
+            let expected = sequence.input_ids.len() - first.tokens.start;
+            let (read, written) = sequence.cache.layers.split_at_mut(layer);
+            let mut places =
+                written.first_mut().map(|cache| pass.grow(self.heads, cache, new, expected));
+            for Step { part, segments, extensions } in &mut steps {
+                // A part has at most one piece of a sequence.
+                let Some(piece) = part.pieces.iter().find(own) else { continue };
+                let rows = || piece.rows.clone();
+                segments.extend(read.last().map(|cache| Segment {
+                    rows: rows(),
+                    first: piece.first,
+                    cache,
+                }));
+                extensions.extend(places.as_mut().map(|places| Extension {
+                    rows: rows(),
+                    places: places.take(piece.rows.len()),
+                }));
+            }
+        }
+        steps
+    }
+
+    /// A block up to its queries, keys and values.
+    fn begin_block(
         &self,
         pass: &Pass,
         work: &mut Workspace,
-        pieces: &[Piece],
-        batch: &mut [Sequence<'_>],
+        extensions: &mut [Extension<'_>],
         layer: usize,
     ) {
         let (heads, half) = (self.heads, &self.blocks[layer].attention);
         let eps = self.config.rms_norm_eps as f32;
         pass.rms_norm_quantize(&work.x, &half.norm, eps, &mut work.quantized);
         pass.qkv(&work.quantized, &half.first, heads, &work.angles, &mut work.qkv);
-        // Every sequence has at most one piece in a chunk.
-        let mut places = pieces.iter().peekable();
-        let mut extensions = Vec::with_capacity(pieces.len());
-        for (index, sequence) in batch.iter_mut().enumerate() {
-            if let Some(piece) = places.next_if(|piece| piece.sequence == index) {
-                let expected = sequence.input_ids.len() - piece.tokens.start;
-                let cache = &mut sequence.cache.layers[layer];
-                extensions.push(Extension { rows: piece.rows.clone(), expected, cache });
-            }
-        }
-        pass.extend(heads, &work.qkv, &mut extensions);
-        let segment = |piece: &Piece| {
-            let cache = &batch[piece.sequence].cache.layers[layer];
-            Segment { rows: piece.rows.clone(), first: piece.first, cache }
-        };
-        let segments: Vec<_> = pieces.iter().map(segment).collect();
-        let width = heads.query_width();
-        let inner = &mut work.inner[..work.quantized.rows() * width];
-        pass.attention(heads, &segments, &work.qkv, inner);
-        pass.quantize(inner, width, &mut work.quantized);
+        pass.extend(heads, &work.qkv, extensions);
     }
 
-    /// Adds the second product of a half to the residual stream; hands it over where it is read.
+    /// A block from attention on.
+    fn finish_block(
+        &self,
+        pass: &Pass,
+        work: &mut Workspace,
+        segments: &[Segment<'_>],
+        layer: usize,
+    ) {
+        let Block { attention, mlp } = &self.blocks[layer];
+        let width = self.heads.query_width();
+        let inner = &mut work.inner[..work.quantized.rows() * width];
+        pass.attention(self.heads, segments, &work.qkv, inner);
+        pass.quantize(inner, width, &mut work.quantized);
+        self.add(pass, work, &attention.second, layer, SiteKind::AttnOut);
+        let Some(mlp) = mlp else { return };
+        let (eps, width) = (self.config.rms_norm_eps as f32, self.config.intermediate_size);
+        pass.rms_norm_quantize(&work.x, &mlp.norm, eps, &mut work.quantized);
+        let inner = &mut work.inner[..work.quantized.rows() * width];
+        pass.gate_up(&work.quantized, &mlp.first, width, inner);
+        pass.quantize(inner, width, &mut work.quantized);
+        self.add(pass, work, &mlp.second, layer, SiteKind::MlpOut);
+    }
+
+    /// Adds the second product of a half to the residual stream; keeps it where it is read.
     fn add(
         &self,
         pass: &Pass,
         work: &mut Workspace,
         second: &PackedMatrix,
-        pieces: &[Piece],
-        site: Option<usize>,
-        sink: &mut dyn Sink,
-    ) -> Result<()> {
+        layer: usize,
+        kind: SiteKind,
+    ) {
         let hidden = self.config.hidden_size;
-        let Some(site) = site else {
+        if self.site(layer, kind).is_none() {
             pass.linear::<true>(&work.quantized, second, hidden, &mut work.x);
-            return Ok(());
-        };
-        work.delta.resize(work.x.len(), 0.0);
-        pass.linear::<false>(&work.quantized, second, hidden, &mut work.delta);
-        work.x.iter_mut().zip(&work.delta).for_each(|(x, delta)| *x += delta);
-        self.hand_over(&work.delta, pieces, site, sink)
+            return;
+        }
+        let delta = &mut work.deltas[usize::from(kind == SiteKind::MlpOut)];
+        delta.resize(work.x.len(), 0.0);
+        pass.linear::<false>(&work.quantized, second, hidden, delta);
+        work.x.iter_mut().zip(delta).for_each(|(x, delta)| *x += *delta);
     }
 
+    /// Hands over what is read of a block that has just been finished.
     fn hand_over(
         &self,
-        rows: &[f32],
         pieces: &[Piece],
-        site: usize,
-        sink: &mut dyn Sink,
+        work: &Workspace,
+        layer: usize,
+        sink: &dyn Sink,
     ) -> Result<()> {
         let hidden = self.config.hidden_size;
-        pieces.iter().try_for_each(|piece| {
-            let rows = &rows[piece.rows.start * hidden..piece.rows.end * hidden];
-            sink.rows(piece.sequence, site, piece.tokens.start, rows)
-        })
+        for (kind, rows) in [
+            (SiteKind::AttnOut, &work.deltas[0]),
+            (SiteKind::MlpOut, &work.deltas[1]),
+            (SiteKind::ResidPost, &work.x),
+        ] {
+            let Some(site) = self.site(layer, kind) else { continue };
+            for piece in pieces {
+                let rows = &rows[piece.rows.start * hidden..piece.rows.end * hidden];
+                sink.rows(piece.sequence, site, piece.tokens.start, rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Empty buffers, or what another pass has left.
+    fn take_workspace(&self) -> Workspace {
+        // In a forked process the lock may be held for ever: then there are new buffers.
+        self.workspaces.try_lock().ok().and_then(|mut stash| stash.pop()).unwrap_or_default()
+    }
+
+    /// Keeps the buffers of a pass for the next one, those of the first part on top.
+    fn put_back(&self, parts: Vec<Part>) {
+        if let Ok(mut stash) = self.workspaces.try_lock() {
+            stash.extend(parts.into_iter().rev().map(|part| part.work));
+        }
+    }
+
+    /// Multiplications of 8-bit numbers that one row costs in a block, and that every key adds to it.
+    fn cost(&self) -> (usize, usize) {
+        let (hidden, queries) = (self.config.hidden_size, self.heads.query_width());
+        let attention = hidden * self.heads.qkv_width() + queries * hidden;
+        // Keys and values are multiplied in numbers twice as wide.
+        (attention + 3 * hidden * self.config.intermediate_size, 4 * queries)
     }
 
     /// Index of a site, if it is read.
@@ -320,44 +407,95 @@ impl Backend for NativeBackend {
         KvCache::recycled(self.blocks.len(), &self.spares)
     }
 
-    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &dyn Sink) -> Result<()> {
         batch.iter().try_for_each(|sequence| sequence.check(&self.config, self.blocks.len()))?;
-        let mut start = (0, 0);
-        while let Some((pieces, end)) = next_chunk(batch, start) {
+        let (mut start, mut rest) = ((0, 0), batch.iter().map(|s| s.input_ids.len()).sum());
+        while rest > 0 {
             // One turn per chunk, so that a long text does not keep short ones waiting.
             let pass = self.engine.pass();
-            // In a forked process the lock may be held for ever: then there are new buffers.
-            let stash = || self.workspaces.try_lock().ok();
-            let mut work = stash().and_then(|mut stash| stash.pop()).unwrap_or_default();
-            self.chunk(&pass, &mut work, &pieces, batch, sink)?;
-            if let Some(mut stash) = stash() {
-                stash.push(work);
-            }
-            start = end;
+            let most = (ROWS_PER_THREAD * pass.parts(rest)).min(CHUNK);
+            // Chunks of one size: a last one of few tokens would cost as much as many.
+            let len = rest.div_ceil(rest.div_ceil(most)).next_multiple_of(ROW_UNIT).min(rest);
+            let (pieces, end) = next_chunk(batch, start, len);
+            let ends = part_ends(&pieces, pass.parts(len), self.cost());
+            let parts = cut(pieces, &ends).into_iter();
+            let mut parts: Vec<_> =
+                parts.map(|pieces| Part { pieces, work: self.take_workspace() }).collect();
+            self.chunk(&pass, &mut parts, batch, sink)?;
+            self.put_back(parts);
+            (start, rest) = (end, rest - len);
         }
         Ok(())
     }
 }
 
-/// The next [`CHUNK`] tokens from `(sequence, token)` on, and where the chunk after them starts.
+/// The next `rows` tokens from `(sequence, token)` on, and where the chunk after them starts.
 fn next_chunk(
     batch: &[Sequence<'_>],
     (mut sequence, mut token): (usize, usize),
-) -> Option<(Vec<Piece>, (usize, usize))> {
-    let (mut pieces, mut rows) = (Vec::new(), 0);
-    while rows < CHUNK && sequence < batch.len() {
-        let len = (batch[sequence].input_ids.len() - token).min(CHUNK - rows);
+    rows: usize,
+) -> (Vec<Piece>, (usize, usize)) {
+    let (mut pieces, mut row) = (Vec::new(), 0);
+    while row < rows {
+        let len = (batch[sequence].input_ids.len() - token).min(rows - row);
         if len > 0 {
             let first = batch[sequence].cache.len();
             let tokens = token..token + len;
-            pieces.push(Piece { sequence, tokens, rows: rows..rows + len, first });
+            pieces.push(Piece { sequence, tokens, rows: row..row + len, first });
         }
-        (rows, token) = (rows + len, token + len);
+        (row, token) = (row + len, token + len);
         if token == batch[sequence].input_ids.len() {
             (sequence, token) = (sequence + 1, 0);
         }
     }
-    (rows > 0).then_some((pieces, (sequence, token)))
+    (pieces, (sequence, token))
+}
+
+/// Where `parts` parts of a chunk end, so that each costs about as much as the others: a row costs
+/// `fixed`, and `per_key` for each position up to its own.
+fn part_ends(pieces: &[Piece], parts: usize, (fixed, per_key): (usize, usize)) -> Vec<usize> {
+    let costs = pieces.iter().flat_map(|piece| {
+        let positions = piece.first..piece.first + piece.rows.len();
+        positions.map(|position| fixed + per_key * position)
+    });
+    // Cost of all rows before each unit.
+    let (mut sums, mut sum) = (Vec::new(), 0);
+    for (row, cost) in costs.enumerate() {
+        if row % ROW_UNIT == 0 {
+            sums.push(sum);
+        }
+        sum += cost;
+    }
+    let rows = pieces.last().map_or(0, |piece| piece.rows.end);
+    let nearest = |share: usize| {
+        let aim = sum / parts * share;
+        let unit = (1..sums.len()).min_by_key(|unit| sums[*unit].abs_diff(aim));
+        unit.map_or(rows, |unit| unit * ROW_UNIT)
+    };
+    let mut ends: Vec<_> = (1..parts).map(nearest).chain([rows]).collect();
+    ends.dedup();
+    ends
+}
+
+/// Cuts the pieces of a chunk at the rows `ends`.
+fn cut(pieces: Vec<Piece>, ends: &[usize]) -> Vec<Vec<Piece>> {
+    let mut start = 0;
+    let mut parts = Vec::with_capacity(ends.len());
+    for &end in ends {
+        let within = pieces.iter().filter_map(|piece| {
+            let rows = piece.rows.start.max(start)..piece.rows.end.min(end);
+            let skipped = rows.start.checked_sub(piece.rows.start)?;
+            (!rows.is_empty()).then(|| Piece {
+                sequence: piece.sequence,
+                tokens: piece.tokens.start + skipped..piece.tokens.start + skipped + rows.len(),
+                rows: rows.start - start..rows.end - start,
+                first: piece.first + skipped,
+            })
+        });
+        parts.push(within.collect());
+        start = end;
+    }
+    parts
 }
 
 /// Reads and packs the blocks.

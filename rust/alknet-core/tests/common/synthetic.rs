@@ -75,7 +75,7 @@ impl Backend for Synthetic {
         KvCache::new(0)
     }
 
-    fn forward(&self, batch: &mut [Sequence<'_>], sink: &mut dyn Sink) -> Result<()> {
+    fn forward(&self, batch: &mut [Sequence<'_>], sink: &dyn Sink) -> Result<()> {
         for (index, sequence) in batch.iter_mut().enumerate() {
             self.work.fetch_add(sequence.input_ids.len(), Ordering::Relaxed);
             let past = sequence.cache.len();

@@ -473,20 +473,24 @@ fn transpose(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     out
 }
 
-/// Writes the values of some positions of a group of 32, and zeros after them.
+/// Writes the values of some positions of a group of 32, and zeros after them where they are the last.
+///
+/// # Safety
+/// `out` must be the group's `[row, GROUP]` words, and those that are written this task's alone.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn store_values(task: &StoreValues<'_>, out: &mut [u16]) {
-    let StoreValues { rows, stride, first, len, row } = *task;
+pub(super) unsafe fn store_values(task: &StoreValues<'_>, out: *mut u16) {
+    let StoreValues { rows, stride, first, len, last, row } = *task;
     assert!(first + len <= GROUP && rows.len() >= (len - 1) * stride + row);
-    assert!(out.len() == row * GROUP && row.is_multiple_of(GROUP));
-    let mask: __mmask32 = !0 << first;
+    assert!(row.is_multiple_of(GROUP));
+    let after = if last { 0 } else { (!0_u64 << (first + len)) as __mmask32 };
+    let mask: __mmask32 = !0 << first & !after;
     // SAFETY: there are 32 numbers.
     let interleave = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
-    for (part, out) in out.as_chunks_mut::<{ LANES * GROUP }>().0.iter_mut().enumerate() {
+    for part in (0..row).step_by(LANES) {
         let words = |position: usize| match position.checked_sub(first) {
             // SAFETY: a row has 16 numbers from every multiple of 16 on.
             Some(i) if i < len => unsafe {
-                _mm256_loadu_si256(rows[i * stride + part * LANES..][..LANES].as_ptr().cast())
+                _mm256_loadu_si256(rows[i * stride + part..][..LANES].as_ptr().cast())
             },
             _ => _mm256_setzero_si256(),
         };
@@ -495,9 +499,9 @@ pub(super) fn store_values(task: &StoreValues<'_>, out: &mut [u16]) {
             let halves = _mm512_inserti64x4::<1>(halves, words(2 * i + 1));
             _mm512_permutexvar_epi16(interleave, halves)
         });
-        for (out, words) in out.as_chunks_mut::<GROUP>().0.iter_mut().zip(transpose(pairs)) {
-            // SAFETY: there are 32 numbers.
-            unsafe { _mm512_mask_storeu_epi16(out.as_mut_ptr().cast(), mask, words) };
+        for (i, words) in transpose(pairs).into_iter().enumerate() {
+            // SAFETY: this function's contract; there are 32 numbers.
+            unsafe { _mm512_mask_storeu_epi16(out.add((part + i) * GROUP).cast(), mask, words) };
         }
     }
 }

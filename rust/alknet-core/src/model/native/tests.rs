@@ -1,11 +1,16 @@
 //! The engine against a plain decoder, on small random models and, when asked for, on a real one.
 
-use std::{collections::HashMap, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    ops::Range,
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 use alknet_kernels::Isa;
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::{CHUNK, NativeBackend, reference};
+use super::{CHUNK, NativeBackend, Piece, ROW_UNIT, cut, part_ends, reference};
 use crate::{
     Result,
     model::{
@@ -13,17 +18,18 @@ use crate::{
     },
 };
 
-/// Activations of a batch, `[sequence][site][tokens · hidden_size]`.
+/// Activations of a batch, `[sequence][site][tokens · hidden_size]`, NaN until they are handed over.
 struct Collected {
     hidden_size: usize,
-    numbers: Vec<Vec<Vec<f32>>>,
+    numbers: Mutex<Vec<Vec<Vec<f32>>>>,
 }
 
 impl Sink for Collected {
-    fn rows(&mut self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
-        let numbers = &mut self.numbers[sequence][site];
-        assert_eq!(numbers.len(), first * self.hidden_size, "rows arrive in order of position");
-        numbers.extend_from_slice(rows);
+    fn rows(&self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
+        let numbers = &mut self.numbers.lock().unwrap()[sequence][site];
+        let place = &mut numbers[first * self.hidden_size..][..rows.len()];
+        assert!(place.iter().all(|x| x.is_nan()), "no row is handed over twice");
+        place.copy_from_slice(rows);
         Ok(())
     }
 }
@@ -34,12 +40,15 @@ fn read(
     texts: &[&[TokenId]],
     caches: &mut [KvCache],
 ) -> Vec<Vec<Vec<f32>>> {
+    let hidden_size = backend.hidden_size();
+    let empty =
+        |text: &&[TokenId]| vec![vec![f32::NAN; text.len() * hidden_size]; backend.sites().len()];
+    let numbers = Mutex::new(texts.iter().map(empty).collect());
     let mut batch: Vec<_> =
         texts.iter().zip(caches).map(|(input_ids, cache)| Sequence { input_ids, cache }).collect();
-    let numbers = vec![vec![Vec::new(); backend.sites().len()]; texts.len()];
-    let mut sink = Collected { hidden_size: backend.hidden_size(), numbers };
-    backend.forward(&mut batch, &mut sink).unwrap();
-    sink.numbers
+    let sink = Collected { hidden_size, numbers };
+    backend.forward(&mut batch, &sink).unwrap();
+    sink.numbers.into_inner().unwrap()
 }
 
 /// Reads one text from its start; `[site][tokens · hidden_size]`.
@@ -181,8 +190,10 @@ fn threads_batch_and_chunks_change_no_bit() {
         let (one, two) = (model.backend(&sites, 1, isa), model.backend(&sites, 2, isa));
         let alone: Vec<_> = texts.iter().map(|ids| read_one(&one, ids)).collect();
         let texts: Vec<_> = texts.iter().map(Vec::as_slice).collect();
-        let mut caches = vec![two.new_cache(); texts.len()];
-        assert_eq!(read(&two, &texts, &mut caches), alone, "{isa}: batch on two threads");
+        for backend in [&two, &model.backend(&sites, 5, isa)] {
+            let mut caches = vec![backend.new_cache(); texts.len()];
+            assert_eq!(read(backend, &texts, &mut caches), alone, "{isa}: {}", backend.name());
+        }
 
         let (head, tail) = texts[1].split_at(70);
         let mut cache = two.new_cache();
@@ -192,6 +203,54 @@ fn threads_batch_and_chunks_change_no_bit() {
         parts.iter_mut().zip(rest).for_each(|(part, rest)| part.extend(rest));
         assert_eq!(parts, alone[1], "{isa}: continued from a cache");
     }
+}
+
+/// Every part has rows, begins at a whole unit of them and costs at most a unit more than its share.
+#[test]
+fn parts_of_a_chunk_cost_the_same() {
+    let piece = |sequence, rows: Range<usize>, first| {
+        let tokens = first..first + rows.len();
+        Piece { sequence, tokens, rows, first }
+    };
+    let cost = (1000, 1);
+    for (pieces, parts) in [
+        (vec![piece(0, 0..512, 0)], 2),
+        (vec![piece(0, 0..131, 700)], 4),
+        (vec![piece(2, 0..3, 40), piece(3, 3..50, 0), piece(7, 50..500, 1500)], 3),
+        (vec![piece(0, 0..16, 0)], 1),
+        (vec![piece(0, 0..17, 100_000), piece(1, 17..160, 0)], 8),
+    ] {
+        let costs: Vec<_> = pieces
+            .iter()
+            .flat_map(|piece| (piece.first..piece.first + piece.rows.len()).map(|p| 1000 + p))
+            .collect();
+        let most = costs.iter().max().unwrap() * ROW_UNIT;
+        let ends = part_ends(&pieces, parts, cost);
+        assert!(ends.len() <= parts && ends.last() == Some(&costs.len()));
+        let starts = std::iter::once(0).chain(ends.iter().copied());
+        for (start, end) in starts.zip(&ends) {
+            assert!(start < *end && start.is_multiple_of(ROW_UNIT));
+            let part: usize = costs[start..*end].iter().sum();
+            assert!(part <= costs.iter().sum::<usize>() / parts + most, "{start}..{end}");
+        }
+    }
+}
+
+#[test]
+fn pieces_are_cut_at_the_ends_of_parts() {
+    let piece = |sequence, tokens: Range<usize>, start, first| {
+        let rows = start..start + tokens.len();
+        Piece { sequence, tokens, rows, first }
+    };
+    let pieces = vec![piece(1, 5..45, 0, 9), piece(2, 0..8, 40, 1)];
+    assert_eq!(
+        cut(pieces, &[16, 32, 48]),
+        [
+            vec![piece(1, 5..21, 0, 9)],
+            vec![piece(1, 21..37, 0, 25)],
+            vec![piece(1, 37..45, 0, 41), piece(2, 0..8, 8, 1)],
+        ]
+    );
 }
 
 /// All of them but portable code, which does not fuse multiply and add, and BF16.
@@ -222,9 +281,10 @@ fn refuses_what_it_cannot_read() {
     let site = Site { layer: 0, kind: SiteKind::ResidPost };
     let backend = model.backend(&[site], 1, Isa::best());
     let refuse = |input_ids: &[TokenId], mut cache: KvCache| {
-        let mut sink = Collected { hidden_size: 64, numbers: vec![vec![Vec::new()]] };
+        let numbers = Mutex::new(vec![vec![vec![f32::NAN; input_ids.len() * 64]]]);
+        let sink = Collected { hidden_size: 64, numbers };
         let mut batch = [Sequence { input_ids, cache: &mut cache }];
-        backend.forward(&mut batch, &mut sink).unwrap_err().to_string()
+        backend.forward(&mut batch, &sink).unwrap_err().to_string()
     };
     assert!(refuse(&[300], backend.new_cache()).contains("outside the vocabulary of 300"));
     assert!(refuse(&[0; 2049], backend.new_cache()).contains("2049 tokens"));
