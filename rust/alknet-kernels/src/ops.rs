@@ -4,13 +4,13 @@ use std::{cell::RefCell, ops::Range};
 
 use crate::{
     attention::{AttentionTask, tokens_per_block},
-    dispatch::{Kernels, Product, StoreValues, TileAttention, TileKernels},
+    dispatch::{Kernels, Product, QuantizedTiles, StoreValues, TileAttention, TileKernels},
     isa::{Isa, UnsupportedIsa},
     keys::{BLOCK, BlockShape, GROUP, KeyValues, Projection},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
     pool::{Pool, Shared, Turn},
-    rows::{Excess, QuantizedRows},
-    scalar::{self, LANES, Place, TileHeads},
+    rows::{Excess, Intermediate, QuantizedRows, TILE_ROWS},
+    scalar::{self, K_ALIGN, LANES, Place, TileHeads},
 };
 
 /// Rows of one product between two visits of the epilogue: its tile stays in the first-level cache.
@@ -204,6 +204,14 @@ impl Pass {
     pub fn rms_norm_quantize(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut QuantizedRows) {
         let width = weight.len();
         let rows = x.len() / width;
+        if let Some(tiles) = self.rotation_on_tiles(width) {
+            self.for_quantized_tiles(rows, width, out, |rows, out| {
+                let x = &x[rows.start * width..rows.end * width];
+                // SAFETY: the table of kernels was handed out after the CPU check.
+                unsafe { (tiles.norm_quantize)(x, weight, eps, out) };
+            });
+            return;
+        }
         let out = RowWriter::new(out, rows, width, self.kernels);
         self.for_row_groups(rows, |group| {
             with_buffer(width, |normed| {
@@ -232,6 +240,59 @@ impl Pass {
         });
     }
 
+    /// Quantises what attention, or gate and up, have left; it is rotated in place.
+    pub fn quantize_intermediate(&self, x: &mut Intermediate, out: &mut QuantizedRows) {
+        let Intermediate { rows, width, .. } = *x;
+        if let Some(tiles) = self.rotation_on_tiles(width) {
+            self.for_quantized_tiles(rows, width, out, |rows, out| {
+                let words =
+                    &x.words[rows.start * width..rows.end.next_multiple_of(TILE_ROWS) * width];
+                // SAFETY: as above.
+                unsafe { (tiles.quantize)(words, out) };
+            });
+        } else {
+            if self.kernels.tiles.is_some() {
+                x.widen();
+            }
+            self.quantize(&mut x.numbers, width, out);
+        }
+    }
+
+    /// Kernels that rotate rows of `width` numbers on tiles, if there are any.
+    fn rotation_on_tiles(&self, width: usize) -> Option<&'static TileKernels> {
+        self.kernels.tiles.as_ref().filter(|tiles| width.is_multiple_of(tiles.rotation))
+    }
+
+    /// Calls `run(rows, out)` for runs of rows, as many as there are threads for them.
+    fn for_quantized_tiles(
+        &self,
+        rows: usize,
+        width: usize,
+        out: &mut QuantizedRows,
+        run: impl Fn(Range<usize>, &mut QuantizedTiles<'_>) + Sync,
+    ) {
+        out.reshape(rows, width, true);
+        let size = TILE_ROWS * rows.div_ceil(TILE_ROWS).div_ceil(self.turn.threads()).max(1);
+        let (data, scales, offsets) = (
+            Shared::new(&mut out.data),
+            Shared::new(&mut out.scales),
+            Shared::new(&mut out.offsets),
+        );
+        self.turn.for_each(rows.div_ceil(size), |task| {
+            let (start, len) = (task * size, size.min(rows - task * size));
+            // SAFETY: every row belongs to one task.
+            let mut out = unsafe {
+                QuantizedTiles {
+                    width,
+                    data: data.range(start * width, len.next_multiple_of(TILE_ROWS) * width),
+                    scales: scales.range(start, len),
+                    offsets: offsets.range(start, len),
+                }
+            };
+            run(start..start + len, &mut out);
+        });
+    }
+
     /// Cuts `x · Wᵀ` into tasks. They begin at multiples of `unit` panels and hold whole units.
     fn for_products(
         &self,
@@ -247,7 +308,7 @@ impl Pass {
         let task_panels = unit * if few { units_per_task(w.panels() / unit, threads) } else { 1 };
         let column_tasks = w.panels().div_ceil(task_panels);
         let row_tasks = threads.div_ceil(column_tasks).min(x.rows().div_ceil(ROW_BLOCK));
-        let task_rows = x.rows().div_ceil(row_tasks.max(1)).max(1);
+        let task_rows = x.rows().div_ceil(row_tasks.max(1)).max(1).next_multiple_of(TILE_ROWS);
         self.turn.for_each(column_tasks * x.rows().div_ceil(task_rows), |task| {
             let (row_task, column_task) = (task / column_tasks, task % column_tasks);
             let first = column_task * task_panels;
@@ -310,19 +371,24 @@ impl Pass {
         });
     }
 
-    /// `out = SiLU(gate) · up`, where panels of `w` are those of gate and up in turn.
-    ///
-    /// # Shapes
-    /// - `out`: `[rows, width]`
-    pub fn gate_up(&self, x: &QuantizedRows, w: &PackedMatrix, width: usize, out: &mut [f32]) {
-        let out = Shared::new(out);
+    /// `out = SiLU(gate) · up`, rows of `width` numbers, where panels of `w` are those of gate and up in turn.
+    pub fn gate_up(
+        &self,
+        x: &QuantizedRows,
+        w: &PackedMatrix,
+        width: usize,
+        out: &mut Intermediate,
+    ) {
+        out.reshape(x.rows(), width, self.kernels.tiles.is_some());
         if let Some(tiles) = &self.kernels.tiles {
+            let out = Shared::new(&mut out.words);
             self.for_products(x, w, PANEL_PAIR, |product| {
                 // SAFETY: as above.
                 unsafe { (tiles.gate_up)(product, width, &out) };
             });
             return;
         }
+        let out = Shared::new(&mut out.numbers);
         self.for_tiles(x, w, PANEL_PAIR, |rows, panels, tile| {
             let first = panels.start / 2 * LANES;
             let len = (panels.end / 2 * LANES).min(width) - first;
@@ -427,20 +493,22 @@ impl Pass {
         });
     }
 
-    /// Causal attention of every segment to its own keys and values.
-    ///
-    /// # Shapes
-    /// - `out`: `[rows, query_width]`
+    /// Causal attention of every segment to its own keys and values: rows of `query_width` numbers, up to
+    /// the last one of a segment.
     pub fn attention(
         &self,
         heads: Heads,
         segments: &[Segment<'_>],
         projection: &Projection,
-        out: &mut [f32],
+        out: &mut Intermediate,
     ) {
+        let rows = segments.iter().map(|segment| segment.rows.end).max().unwrap_or(0);
+        out.reshape(rows, heads.query_width(), self.kernels.tiles.is_some());
         match &self.kernels.tiles {
-            Some(tiles) => self.attend_to_blocks(tiles, heads, segments, &projection.words, out),
-            None => self.attend_to_rows(heads, segments, &projection.numbers, out),
+            Some(tiles) => {
+                self.attend_to_blocks(tiles, heads, segments, &projection.words, &mut out.words);
+            }
+            None => self.attend_to_rows(heads, segments, &projection.numbers, &mut out.numbers),
         }
     }
 
@@ -451,7 +519,7 @@ impl Pass {
         heads: Heads,
         segments: &[Segment<'_>],
         projection: &[u16],
-        out: &mut [f32],
+        out: &mut [u16],
     ) {
         let (dim, group) = (heads.head_dim, heads.group());
         let (shape, query_stride) = (BlockShape::new(&heads), Projection::width(&heads));
@@ -482,8 +550,9 @@ impl Pass {
                 words: &segment.cache.blocks.words()[head * 2 * shape.half()..],
                 shape,
                 out: &out,
-                out_start: segment.rows.start * heads.query_width() + head * group * dim,
-                out_stride: heads.query_width(),
+                out_width: heads.query_width(),
+                out_row: segment.rows.start,
+                out_column: head * group * dim,
             };
             // SAFETY: every head of a token belongs to one task; the table of kernels was handed out
             // after the CPU check.
@@ -574,7 +643,7 @@ struct RowWriter {
 
 impl RowWriter {
     fn new(out: &mut QuantizedRows, rows: usize, width: usize, kernels: &'static Kernels) -> Self {
-        out.reshape(rows, width);
+        out.reshape(rows, width, kernels.tiles.is_some());
         if kernels.split.is_some() {
             out.reshape_excess();
         }
@@ -597,13 +666,21 @@ impl RowWriter {
     /// borrowed.
     unsafe fn write(&self, row: usize, numbers: &mut [f32]) {
         // SAFETY: this function's contract.
-        let (q, scale, offset) = unsafe {
-            (
-                self.data.range(row * self.stride, self.stride),
-                self.scales.range(row, 1),
-                self.offsets.range(row, 1),
-            )
-        };
+        let (scale, offset) = unsafe { (self.scales.range(row, 1), self.offsets.range(row, 1)) };
+        if self.kernels.tiles.is_some() {
+            let mut q = vec![0; self.stride];
+            let (s, sum) = self.kernels.rotate_quantize(numbers, self.block, &mut q);
+            (scale[0], offset[0]) = (s, -128 * sum);
+            let tile = row / TILE_ROWS * TILE_ROWS * self.stride + row % TILE_ROWS * K_ALIGN;
+            for (step, q) in q.chunks_exact(K_ALIGN).enumerate() {
+                // SAFETY: this function's contract.
+                let out = unsafe { self.data.range(tile + step * TILE_ROWS * K_ALIGN, K_ALIGN) };
+                out.copy_from_slice(q);
+            }
+            return;
+        }
+        // SAFETY: this function's contract.
+        let q = unsafe { self.data.range(row * self.stride, self.stride) };
         let (s, sum) = self.kernels.rotate_quantize(numbers, self.block, q);
         (scale[0], offset[0]) = (s, -128 * sum);
         if self.kernels.split.is_some() {

@@ -23,8 +23,8 @@ use std::{
 };
 
 use alknet_kernels::{
-    Engine, Extension, Heads, Isa, MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Pass,
-    Projection, QuantizedRows, Segment, padded_outputs,
+    Engine, Extension, Heads, Intermediate, Isa, MAX_INPUTS, MatrixSource, PackError, PackedMatrix,
+    Pass, Projection, QuantizedRows, Segment, padded_outputs,
 };
 
 use super::{
@@ -80,8 +80,8 @@ struct Workspace {
     angles: Vec<f32>,
     /// Queries, keys and values.
     qkv: Projection,
-    /// `[rows, query_width]` or `[rows, intermediate_size]`.
-    inner: Vec<f32>,
+    /// Result of attention, or of gate and up.
+    inner: Intermediate,
     /// Input of the product at hand.
     quantized: QuantizedRows,
 }
@@ -169,9 +169,8 @@ impl NativeBackend {
             let Some(mlp) = &block.mlp else { continue };
             let (eps, width) = (self.config.rms_norm_eps as f32, self.config.intermediate_size);
             pass.rms_norm_quantize(&work.x, &mlp.norm, eps, &mut work.quantized);
-            let inner = &mut work.inner[..work.quantized.rows() * width];
-            pass.gate_up(&work.quantized, &mlp.first, width, inner);
-            pass.quantize(inner, width, &mut work.quantized);
+            pass.gate_up(&work.quantized, &mlp.first, width, &mut work.inner);
+            pass.quantize_intermediate(&mut work.inner, &mut work.quantized);
             self.add(pass, work, &mlp.second, pieces, self.site(layer, SiteKind::MlpOut), sink)?;
             if let Some(site) = self.site(layer, SiteKind::ResidPost) {
                 self.hand_over(&work.x, pieces, site, sink)?;
@@ -197,8 +196,6 @@ impl NativeBackend {
         let rows = pieces.last().map_or(0, |piece| piece.rows.end);
         work.x.resize(rows * hidden, 0.0);
         work.angles.resize(rows * dim, 0.0);
-        let inner = self.heads.query_width().max(self.config.intermediate_size);
-        work.inner.resize(rows * inner, 0.0);
         let (mut ids, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
         for piece in pieces {
             ids.extend_from_slice(&batch[piece.sequence].input_ids[piece.tokens.clone()]);
@@ -252,10 +249,8 @@ impl NativeBackend {
             Segment { rows: piece.rows.clone(), first: piece.first, cache }
         };
         let segments: Vec<_> = pieces.iter().map(segment).collect();
-        let width = heads.query_width();
-        let inner = &mut work.inner[..work.quantized.rows() * width];
-        pass.attention(heads, &segments, &work.qkv, inner);
-        pass.quantize(inner, width, &mut work.quantized);
+        pass.attention(heads, &segments, &work.qkv, &mut work.inner);
+        pass.quantize_intermediate(&mut work.inner, &mut work.quantized);
     }
 
     /// Adds the second product of a half to the residual stream; hands it over where it is read.

@@ -17,6 +17,7 @@ use crate::{
     avx512bf16::INTERLEAVE,
     dispatch::{StoreValues, TileAttention},
     keys::{BLOCK, GROUP},
+    rows::Intermediate,
     scalar::LANES,
 };
 
@@ -95,7 +96,7 @@ thread_local! {
 pub(super) unsafe fn attention(task: &TileAttention<'_>) {
     SCRATCH.with_borrow_mut(|scratch| {
         // SAFETY: this table of kernels is handed out where AMX is available.
-        let tiles = unsafe { Tiles::new(ROWS, ROWS) };
+        let tiles = unsafe { Tiles::new() };
         for first in task.columns.clone().step_by(COLUMNS) {
             // SAFETY: this function's contract.
             unsafe { columns(task, first, scratch) };
@@ -107,7 +108,7 @@ pub(super) unsafe fn attention(task: &TileAttention<'_>) {
 /// Attention of 32 columns from `first` on; those beyond the last one repeat it.
 ///
 /// # Safety
-/// As [`attention`]; tiles must be configured for 16 rows throughout.
+/// As [`attention`]; tiles must be configured.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
 unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch) {
     let row = task.shape.row;
@@ -168,8 +169,8 @@ struct Places {
     query: [usize; COLUMNS],
     /// Its position in the sequence.
     position: [i32; COLUMNS],
-    /// First of its numbers in the output.
-    out: [usize; COLUMNS],
+    /// Row and first column of its numbers in the output.
+    out: [(usize, usize); COLUMNS],
     /// Number of columns that are not repetitions of the last.
     len: usize,
 }
@@ -177,13 +178,13 @@ struct Places {
 /// Places of the columns from `first` on; those beyond the last one repeat it.
 fn places(task: &TileAttention<'_>, first: usize) -> Places {
     let len = COLUMNS.min(task.columns.end - first);
-    let [query, out] = [[0; COLUMNS]; 2];
-    let mut places = Places { query, position: [0; COLUMNS], out, len };
+    let mut places =
+        Places { query: [0; COLUMNS], position: [0; COLUMNS], out: [(0, 0); COLUMNS], len };
     let (mut token, mut head) = (first / task.group, first % task.group);
     for i in 0..COLUMNS {
         places.query[i] = token * task.query_stride + head * task.shape.row;
         places.position[i] = (task.first + token) as i32;
-        places.out[i] = task.out_start + token * task.out_stride + head * task.head_dim;
+        places.out[i] = (task.out_row + token, task.out_column + head * task.head_dim);
         if i + 1 < len {
             head += 1;
             if head == task.group {
@@ -268,7 +269,7 @@ impl Column {
     /// # Safety
     /// As [`attention`].
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn finish(
         &self,
         task: &TileAttention<'_>,
@@ -286,13 +287,24 @@ impl Column {
                 .each_ref()
                 .map(|sums| _mm512_castps_si512(_mm512_mul_ps(sums.load(), inverse)));
             let len = LANES.min(dim - part * LANES);
-            let mask = ((1_u32 << len) - 1) as __mmask16;
             let outs = places.out[..places.len].iter().skip(first);
-            for (start, numbers) in outs.zip(transpose(rows)) {
-                // SAFETY: this function's contract; the mask leaves `len` numbers.
+            for ((row, column), numbers) in outs.zip(transpose(rows)) {
+                let place =
+                    |i| Intermediate::place(task.out_width, *row, column + part * LANES + i);
+                // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
                 unsafe {
-                    let out = task.out.range(start + part * LANES, len);
-                    _mm512_mask_storeu_epi32(out.as_mut_ptr().cast(), mask, numbers);
+                    let words: __m256i =
+                        std::mem::transmute(_mm512_cvtneps_pbh(_mm512_castsi512_ps(numbers)));
+                    if dim.is_multiple_of(LANES) {
+                        let out = task.out.range(place(0), LANES);
+                        _mm256_storeu_si256(out.as_mut_ptr().cast(), words);
+                        continue;
+                    }
+                    // The head may end in one tile and begin in another.
+                    let words: [u16; LANES] = std::mem::transmute(words);
+                    for (i, word) in words.into_iter().enumerate().take(len) {
+                        task.out.range(place(i), 1)[0] = word;
+                    }
                 }
             }
         }
@@ -302,7 +314,7 @@ impl Column {
 /// Scores of a block's keys: `K Qᵀ`.
 ///
 /// # Safety
-/// Tiles must be configured for 16 rows throughout.
+/// Tiles must be configured.
 #[inline]
 unsafe fn scores(keys: &[u16], row: usize, queries: &[Pairs], states: &mut [Column; 2]) {
     let steps = row / GROUP;
@@ -356,7 +368,7 @@ unsafe fn add_values(values: &[u16], len: usize, states: &[Column; 2], sums: &mu
 /// A tile of `a` has rows `stride` bytes apart, and comes `step` bytes after the one before it.
 ///
 /// # Safety
-/// Tiles must be configured for 16 rows throughout, and there must be `steps` of them in each of `a`
+/// Tiles must be configured, and there must be `steps` of them in each of `a`
 /// and `b`.
 #[inline]
 unsafe fn multiply<const ADD: bool>(
