@@ -78,8 +78,6 @@ pub(crate) struct QuantizedTiles<'a> {
     pub(crate) data: &'a mut [i8],
     /// `[rows]`.
     pub(crate) scales: &'a mut [f32],
-    /// `[rows]`.
-    pub(crate) offsets: &'a mut [i32],
 }
 
 impl QuantizedTiles<'_> {
@@ -91,9 +89,8 @@ impl QuantizedTiles<'_> {
     /// The rows of each tile.
     pub(crate) fn tiles(&mut self) -> impl Iterator<Item = QuantizedTiles<'_>> {
         let width = self.width;
-        let factors = self.scales.chunks_mut(TILE_ROWS).zip(self.offsets.chunks_mut(TILE_ROWS));
-        let tiles = self.data.chunks_mut(TILE_ROWS * width).zip(factors);
-        tiles.map(move |(data, (scales, offsets))| QuantizedTiles { width, data, scales, offsets })
+        let tiles = self.data.chunks_mut(TILE_ROWS * width).zip(self.scales.chunks_mut(TILE_ROWS));
+        tiles.map(move |(data, scales)| QuantizedTiles { width, data, scales })
     }
 }
 

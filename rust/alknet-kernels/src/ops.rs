@@ -273,11 +273,7 @@ impl Pass {
     ) {
         out.reshape(rows, width, true);
         let size = TILE_ROWS * rows.div_ceil(TILE_ROWS).div_ceil(self.turn.threads()).max(1);
-        let (data, scales, offsets) = (
-            Shared::new(&mut out.data),
-            Shared::new(&mut out.scales),
-            Shared::new(&mut out.offsets),
-        );
+        let (data, scales) = (Shared::new(&mut out.data), Shared::new(&mut out.scales));
         self.turn.for_each(rows.div_ceil(size), |task| {
             let (start, len) = (task * size, size.min(rows - task * size));
             // SAFETY: every row belongs to one task.
@@ -286,7 +282,6 @@ impl Pass {
                     width,
                     data: data.range(start * width, len.next_multiple_of(TILE_ROWS) * width),
                     scales: scales.range(start, len),
-                    offsets: offsets.range(start, len),
                 }
             };
             run(start..start + len, &mut out);

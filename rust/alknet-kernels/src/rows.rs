@@ -11,7 +11,8 @@ use crate::{
 /// - `data`: `[rows, stride]`, `stride` the input width rounded up, filled with zeros; for kernels that
 ///   multiply tiles, those of 16 rows: `[rows / 16, stride / 64, 16, 64]`, rows rounded up
 /// - `scales`: `[rows]`; NaN for a row that held a number that is not finite
-/// - `offsets`: `[rows]`, `−128 · Σ q`, which undoes that stored weights are `w + 128`
+/// - `offsets`: `[rows]`, `−128 · Σ q`, which undoes that stored weights are `w + 128`; unspecified for
+///   kernels that multiply tiles
 /// - `excess`: `[rows, stride / 4]`, of which each row has `excess_len`; or both empty, for kernels
 ///   that multiply any rows
 #[derive(Debug, Default)]

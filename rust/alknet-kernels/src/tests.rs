@@ -250,8 +250,10 @@ proptest! {
                 let stride = found.stride();
                 prop_assert_eq!(&all[(rows - 1) * stride..], &quantized(last, isa)[..stride]);
                 for (row, (q, exact)) in all.chunks(stride).zip(exact.chunks(stride)).enumerate() {
-                    let sum: i32 = q.iter().map(|q| i32::from(*q)).sum();
-                    prop_assert_eq!(found.offsets[row], -128 * sum, "{}", isa);
+                    if isa != Isa::Amx {
+                        let sum: i32 = q.iter().map(|q| i32::from(*q)).sum();
+                        prop_assert_eq!(found.offsets[row], -128 * sum, "{}", isa);
+                    }
                     let scale = expected.scales[row];
                     prop_assert!((found.scales[row] - scale).abs() <= scale / 100.0, "{}", isa);
                     // Rounding to bf16 before the rotation is less than a unit after it, and may tip a

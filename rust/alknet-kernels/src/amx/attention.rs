@@ -27,6 +27,10 @@ pub(super) const COLUMNS: usize = 2 * LANES;
 /// By how much scores may exceed the maximum that weights are relative to, in powers of two.
 const SLACK: f32 = 8.0;
 
+/// Cache lines that are fetched while weights of four keys are computed: over a block, as many as 64 keys or
+/// values of 64 numbers have.
+const LINES_PER_STEP: usize = 8;
+
 /// A row of a tile: 16 pairs of bf16 numbers.
 type Row = [u32; LANES];
 
@@ -139,17 +143,20 @@ unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch)
         let len = (end - start).next_multiple_of(GROUP).min(BLOCK);
         let block = &task.words[start / BLOCK * task.shape.block()..][..2 * task.shape.half()];
         let (keys, values) = block.split_at(task.shape.half());
+        // What is read after the weights comes into the first-level cache while they are computed.
+        let next = task.words.get((start / BLOCK + 1) * task.shape.block()..).unwrap_or(keys);
         // SAFETY: this function's contract.
         unsafe { scores(&keys[..len * row], row, &scratch.queries, &mut scratch.states) };
-        for ((state, positions), sums) in
-            scratch.states.iter_mut().zip(positions).zip(scratch.sums.chunks_exact_mut(row))
+        let states = scratch.states.iter_mut().zip([values, next]);
+        for (((state, fetch), positions), sums) in
+            states.zip(positions).zip(scratch.sums.chunks_exact_mut(row))
         {
             if earliest + 1 >= start + len {
-                state.softmax::<false>(len, positions, sums);
+                state.softmax::<false>(len, positions, sums, fetch);
             } else {
                 // The last key that a column sees, counted from the first of the block.
                 let seen = _mm512_sub_epi32(positions, _mm512_set1_epi32(start as i32));
-                state.softmax::<true>(len, seen, sums);
+                state.softmax::<true>(len, seen, sums, fetch);
             }
         }
         // SAFETY: as above.
@@ -212,10 +219,17 @@ impl Column {
     }
 
     /// Turns the scores of the first `len` keys into weights, and scales earlier sums where a maximum
-    /// is raised. With `MASKED`, keys after number `seen` of the block weigh nothing.
+    /// is raised. With `MASKED`, keys after number `seen` of the block weigh nothing. The first lines of `fetch`
+    /// come into the first-level cache meanwhile.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-    fn softmax<const MASKED: bool>(&mut self, len: usize, seen: __m512i, sums: &mut [Numbers]) {
+    fn softmax<const MASKED: bool>(
+        &mut self,
+        len: usize,
+        seen: __m512i,
+        sums: &mut [Numbers],
+        fetch: &[u16],
+    ) {
         let log2_e = _mm512_set1_ps(std::f32::consts::LOG2_E);
         let visible = |j: usize| {
             if MASKED { _mm512_cmpge_epi32_mask(seen, _mm512_set1_epi32(j as i32)) } else { !0 }
@@ -248,6 +262,9 @@ impl Column {
         let mut totals = self.totals.each_ref().map(|total| total.load());
         let fours = self.scores[..len].as_chunks::<4>().0.iter();
         for (j, (scores, pairs)) in fours.zip(self.weights.as_chunks_mut::<2>().0).enumerate() {
+            for line in LINES_PER_STEP * j..LINES_PER_STEP * (j + 1) {
+                _mm_prefetch::<_MM_HINT_T0>(fetch.as_ptr().wrapping_add(GROUP * line).cast());
+            }
             let weights: [_; 4] = std::array::from_fn(|i| {
                 let weight = exp2(_mm512_fmsub_ps(scores[i].load(), log2_e, zero));
                 if MASKED { _mm512_maskz_mov_ps(visible(4 * j + i), weight) } else { weight }

@@ -47,24 +47,27 @@ struct Block<'a> {
 
 impl Block<'_> {
     /// Calls `finish(row, numbers)` for the outputs of every row, 16 of each panel: `sum · row scale ·
-    /// scale + bias`, rounded after each step as [`crate::scalar::matmul`] does.
+    /// scale + bias`, rounded after each step as [`crate::scalar::matmul`] does, or in the end when `FUSED`.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn for_rows(&self, mut finish: impl FnMut(usize, [__m512; PAIR])) {
+    fn for_rows<const FUSED: bool>(&self, mut finish: impl FnMut(usize, [__m512; PAIR])) {
         let (x, w) = (self.product.x, self.product.w);
         // SAFETY: panels have 16 scales and biases.
         let load = |numbers: &[f32; LANES]| unsafe { _mm512_loadu_ps(numbers.as_ptr()) };
         let (scales, biases) =
             (self.panels.map(|p| load(w.scales(p))), self.panels.map(|p| load(w.bias(p))));
-        let factors = x.scales[self.rows.clone()].iter().zip(&x.offsets[self.rows.clone()]);
-        for (r, (sums, (scale, offset))) in self.sums.0.iter().zip(factors).enumerate() {
-            let (row_scale, offset) = (_mm512_set1_ps(*scale), _mm512_set1_epi32(*offset));
+        let row_scales = &x.scales[self.rows.clone()];
+        for (r, (sums, scale)) in self.sums.0.iter().zip(row_scales).enumerate() {
+            let row_scale = _mm512_set1_ps(*scale);
             let numbers = std::array::from_fn(|p| {
                 // SAFETY: there are 16 sums.
                 let sum = unsafe { _mm512_loadu_si512(sums[p].as_ptr().cast()) };
-                let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, offset));
-                let product = _mm512_mul_ps(_mm512_mul_ps(sum, row_scale), scales[p]);
-                _mm512_add_ps(product, biases[p])
+                let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), row_scale);
+                if FUSED {
+                    _mm512_fmadd_ps(sum, scales[p], biases[p])
+                } else {
+                    _mm512_add_ps(_mm512_mul_ps(sum, scales[p]), biases[p])
+                }
             });
             finish(self.rows.start + r, numbers);
         }
@@ -255,10 +258,10 @@ unsafe fn multiply_steps<const LINES: usize>(
                 step:
                     "tileloadd tmm5, [{lower} + {line}]"
                     "add {lower}, 1024"
-                    "tdpbsud tmm0, tmm4, tmm6"
-                    "tdpbsud tmm1, tmm4, tmm7"
-                    "tdpbsud tmm2, tmm5, tmm6"
-                    "tdpbsud tmm3, tmm5, tmm7";
+                    "tdpbssd tmm0, tmm4, tmm6"
+                    "tdpbssd tmm1, tmm4, tmm7"
+                    "tdpbssd tmm2, tmm5, tmm6"
+                    "tdpbssd tmm3, tmm5, tmm7";
                 store:
                     "tilestored [{sums} + {sums_line}], tmm0"
                     "tilestored [{sums} + {sums_line} + 64], tmm1"
@@ -272,7 +275,7 @@ unsafe fn multiply_steps<const LINES: usize>(
                     "tileloadd tmm0, [{sums} + {sums_line}]"
                     "tileloadd tmm1, [{sums} + {sums_line} + 64]";
                 zero: "tilezero tmm0" "tilezero tmm1";
-                step: "tdpbsud tmm0, tmm4, tmm6" "tdpbsud tmm1, tmm4, tmm7";
+                step: "tdpbssd tmm0, tmm4, tmm6" "tdpbssd tmm1, tmm4, tmm7";
                 store:
                     "tilestored [{sums} + {sums_line}], tmm0"
                     "tilestored [{sums} + {sums_line} + 64], tmm1";
@@ -293,7 +296,7 @@ pub(super) fn matmul(
     let (first_row, first_panel, columns) = (rows.start, panels.start, panels.len() * LANES);
     let pairs = neighbours(panels.clone());
     for_blocks(&Product { x, rows, w, panels }, pairs, PAIR, |block| {
-        block.for_rows(|row, numbers| {
+        block.for_rows::<false>(|row, numbers| {
             for (panel, x) in block.panels.into_iter().zip(numbers) {
                 let first = (row - first_row) * columns + (panel - first_panel) * LANES;
                 // SAFETY: the slice has 16 numbers.
@@ -317,7 +320,7 @@ pub(super) unsafe fn linear<const ADD: bool>(
         let [first, second] = block.panels.map(|panel| panel * LANES);
         let len = (second + LANES).min(width) - first;
         let masks = [lanes_mask(len), lanes_mask(len.saturating_sub(LANES))];
-        block.for_rows(|row, numbers| {
+        block.for_rows::<false>(|row, numbers| {
             // SAFETY: this function's contract; the masks leave the `len` numbers of the range.
             unsafe {
                 let out = out.range(row * width + first, len).as_mut_ptr();
@@ -346,7 +349,7 @@ fn lanes_mask(len: usize) -> __mmask16 {
 pub(super) unsafe fn gate_up(product: &Product<'_>, width: usize, out: &Shared<u16>) {
     for_blocks(product, neighbours(product.panels.clone()), PAIR, |block| {
         let first = block.panels[0] / 2 * LANES;
-        block.for_rows(|row, [gate, up]| {
+        block.for_rows::<true>(|row, [gate, up]| {
             // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
             unsafe {
                 let out = out.range(Intermediate::place(width, row, first), LANES);
@@ -391,7 +394,7 @@ pub(super) unsafe fn qkv(product: &Product<'_>, heads: &Heads, angles: &[f32], o
         let (head, place) = (block.panels[0] / panels, block.panels[0] % panels * LANES);
         let scale = heads.scale(head);
         let start = Projection::place(heads, 0, head) + place;
-        block.for_rows(|row, [a, b]| {
+        block.for_rows::<true>(|row, [a, b]| {
             let (mut low, mut high) = (a, b);
             // SAFETY: this function's contract; half a head has 16 numbers and angles from `place` on.
             unsafe {

@@ -66,7 +66,7 @@ thread_local! {
 ///
 /// # Safety
 /// AMX must be available.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 pub(super) unsafe fn quantize(words: &[u16], out: &mut QuantizedTiles<'_>) {
     SCRATCH.with_borrow_mut(|Scratch { products, .. }| {
         // SAFETY: this function's contract.
@@ -83,7 +83,7 @@ pub(super) unsafe fn quantize(words: &[u16], out: &mut QuantizedTiles<'_>) {
 ///
 /// # Safety
 /// As [`quantize`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
 pub(super) unsafe fn norm_quantize(
     x: &[f32],
     weight: &[f32],
@@ -158,7 +158,7 @@ fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) {
 /// # Safety
 /// Tiles must come from [`start`].
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 unsafe fn quantize_tile(words: &[u16], products: &mut [Products; 2], out: &mut QuantizedTiles<'_>) {
     let magnitude = |x| _mm512_castps_si512(_mm512_abs_ps(x));
     let mut largest = [_mm512_setzero_si512(); ROWS];
@@ -180,15 +180,13 @@ unsafe fn quantize_tile(words: &[u16], products: &mut [Products; 2], out: &mut Q
         let steps = scalar::steps(_mm512_reduce_max_epu32(*largest));
         (*inverse, out.scales[row]) = steps.unwrap_or((0.0, f32::NAN));
     }
-    let ones = _mm512_set1_epi8(1);
-    let mut sums = [_mm512_setzero_si512(); ROWS];
     // Quarters of lanes are what packing leaves together.
     let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     // SAFETY: this function's contract.
     unsafe {
         for_blocks(words, products, |block, products| {
-            for (row, sum) in sums.iter_mut().enumerate().take(rows) {
-                let inverse = _mm512_set1_ps(inverses[row]);
+            for (row, inverse) in inverses.iter().enumerate().take(rows) {
+                let inverse = _mm512_set1_ps(*inverse);
                 let rounded = |x| _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
                 let [[a, b], [c, d]] = products.row(row);
                 let low =
@@ -196,15 +194,11 @@ unsafe fn quantize_tile(words: &[u16], products: &mut [Products; 2], out: &mut Q
                 let high =
                     _mm512_packs_epi32(rounded(_mm512_sub_ps(a, b)), rounded(_mm512_sub_ps(c, d)));
                 let q = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
-                *sum = _mm512_dpbusd_epi32(*sum, ones, q);
                 let q_row = &mut out.data[(block * ROWS + row) * BLOCK..][..BLOCK];
                 // SAFETY: there are 64 bytes.
                 _mm512_storeu_si512(q_row.as_mut_ptr().cast(), q);
             }
         });
-    }
-    for (offset, sum) in out.offsets.iter_mut().zip(sums) {
-        *offset = -128 * _mm512_reduce_add_epi32(sum);
     }
 }
 
