@@ -118,7 +118,6 @@ unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch)
     let row = task.shape.row;
     let places = places(task, first);
     scratch.queries.resize(row, Pairs([0; LANES]));
-    scratch.sums.clear();
     scratch.sums.resize(2 * row, Numbers::of(0.0));
     for (half, queries) in scratch.queries.chunks_exact_mut(row / 2).enumerate() {
         let of = |i: usize| &task.queries[places.query[half * LANES + i]..][..row];
@@ -151,6 +150,8 @@ unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch)
         for (((state, fetch), positions), sums) in
             states.zip(positions).zip(scratch.sums.chunks_exact_mut(row))
         {
+            // Before the first block there are no sums.
+            let sums = if start == 0 { &mut [] } else { sums };
             if earliest + 1 >= start + len {
                 state.softmax::<false>(len, positions, sums, fetch);
             } else {
@@ -160,7 +161,13 @@ unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch)
             }
         }
         // SAFETY: as above.
-        unsafe { add_values(values, len, &scratch.states, &mut scratch.sums) };
+        unsafe {
+            if start == 0 {
+                add_values::<false>(values, len, &scratch.states, &mut scratch.sums);
+            } else {
+                add_values::<true>(values, len, &scratch.states, &mut scratch.sums);
+            }
+        }
     }
     for (half, (state, sums)) in
         scratch.states.iter().zip(scratch.sums.chunks_exact_mut(row)).enumerate()
@@ -353,12 +360,17 @@ unsafe fn scores(keys: &[u16], row: usize, queries: &[Pairs], states: &mut [Colu
     }
 }
 
-/// Adds the weighted values of a block's first `len` keys: `Vᵀ Pᵀ`.
+/// The weighted values of a block's first `len` keys, `Vᵀ Pᵀ`, added to `sums` or put in their place.
 ///
 /// # Safety
 /// As [`scores`].
 #[inline]
-unsafe fn add_values(values: &[u16], len: usize, states: &[Column; 2], sums: &mut [Numbers]) {
+unsafe fn add_values<const ADD: bool>(
+    values: &[u16],
+    len: usize,
+    states: &[Column; 2],
+    sums: &mut [Numbers],
+) {
     let row = sums.len() / 2;
     let weights = [states[0].weights.as_ptr(), states[1].weights.as_ptr()];
     let (left, right) = sums.split_at_mut(row);
@@ -375,7 +387,7 @@ unsafe fn add_values(values: &[u16], len: usize, states: &[Column; 2], sums: &mu
         // SAFETY: this function's contract; 32 places in the head for whole groups of keys, pairs of
         // weights for as many, and sums of 32 places by two columns.
         unsafe {
-            multiply::<true>(values, ROW_BYTES, row * ROW_BYTES, weights, len / GROUP, sums);
+            multiply::<ADD>(values, ROW_BYTES, row * ROW_BYTES, weights, len / GROUP, sums);
         }
     }
 }
