@@ -293,7 +293,7 @@ impl Column {
     /// # Safety
     /// As [`attention`].
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn finish(
         &self,
         task: &TileAttention<'_>,
@@ -305,28 +305,30 @@ impl Column {
         let total = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
         let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), total);
         let dim = task.head_dim;
-        for (part, sums) in sums.as_chunks::<LANES>().0.iter().enumerate().take(dim.div_ceil(LANES))
-        {
-            let rows = sums
-                .each_ref()
-                .map(|sums| _mm512_castps_si512(_mm512_mul_ps(sums.load(), inverse)));
-            let len = LANES.min(dim - part * LANES);
+        // SAFETY: there are 32 numbers.
+        let interleave = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
+        for (part, sums) in sums.as_chunks::<GROUP>().0.iter().enumerate() {
+            let pairs = std::array::from_fn(|i| {
+                let [a, b] = [0, 1].map(|odd| _mm512_mul_ps(sums[2 * i + odd].load(), inverse));
+                // SAFETY: any pattern is a row of bf16 numbers.
+                let halves =
+                    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a)) };
+                _mm512_permutexvar_epi16(interleave, halves)
+            });
             let outs = places.out[..places.len].iter().skip(first);
-            for ((row, column), numbers) in outs.zip(transpose(rows)) {
+            for ((row, column), words) in outs.zip(transpose(pairs)) {
                 let place =
-                    |i| Intermediate::place(task.out_width, *row, column + part * LANES + i);
+                    |i| Intermediate::place(task.out_width, *row, column + part * GROUP + i);
                 // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
                 unsafe {
-                    let words: __m256i =
-                        std::mem::transmute(_mm512_cvtneps_pbh(_mm512_castsi512_ps(numbers)));
-                    if dim.is_multiple_of(LANES) {
-                        let out = task.out.range(place(0), LANES);
-                        _mm256_storeu_si256(out.as_mut_ptr().cast(), words);
+                    if dim.is_multiple_of(GROUP) {
+                        let out = task.out.range(place(0), GROUP);
+                        _mm512_storeu_si512(out.as_mut_ptr().cast(), words);
                         continue;
                     }
                     // The head may end in one tile and begin in another.
-                    let words: [u16; LANES] = std::mem::transmute(words);
-                    for (i, word) in words.into_iter().enumerate().take(len) {
+                    let words: [u16; GROUP] = std::mem::transmute(words);
+                    for (i, word) in words.into_iter().enumerate().take(dim - part * GROUP) {
                         task.out.range(place(i), 1)[0] = word;
                     }
                 }
