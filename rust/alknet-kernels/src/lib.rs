@@ -7,10 +7,10 @@
 //!
 //! Integer sums are exact and every fp32 step has one order of operations, so a row's result does
 //! not depend on its batch, on the number of threads, or on how the input was cut into chunks. Linear
-//! products of the same 8-bit numbers are the same to the bit on all instruction sets. Attention's round differently:
-//! [`Isa::Scalar`] does not fuse multiply and add, [`Isa::Avx512Bf16`] and [`Isa::Amx`] round their
-//! inputs to bf16; the others agree. [`Isa::Amx`] keeps keys and values in bf16, and its exponentials,
-//! SiLU's too, are within a part in 9,000.
+//! products of the same 8-bit numbers are the same to the bit on all instruction sets. Attention's
+//! round differently: [`Isa::Scalar`] does not fuse multiply and add, [`Isa::Avx512Bf16`] and
+//! [`Isa::Amx`] round their inputs to bf16; the others agree. [`Isa::Amx`] also keeps in bf16 what it
+//! rotates, and queries, keys and values; its exponentials, SiLU's too, are within a part in 9,000.
 //!
 //! The scalar code is the specification; one file per instruction set stands beside it:
 //!

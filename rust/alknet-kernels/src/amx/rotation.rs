@@ -1,7 +1,7 @@
 //! Rotation and rounding of activations: the Hadamard matrix is multiplied on tiles of bf16 numbers.
 //!
-//! Rounding to bf16 before the rotation adds at most a quarter to the error of rounding to 8 bits after
-//! it, and that only where one number outweighs all others of the row. Sums are fp32.
+//! Rounding to bf16 before the rotation adds at most a quarter to the squared error of rounding to 8 bits
+//! after it, and that only where one number outweighs all others of the row. Sums are fp32.
 //!
 //! With the matrix of 32, `H`, and the halves `a` and `b` of a block of 64, the rotated block is
 //! `aH + bH` and `aH − bH`. It is computed twice, for the largest number of a row and for rounding:
@@ -43,21 +43,20 @@ const fn signs(first: usize) -> Signs {
 }
 
 /// Products of the halves of 16 blocks: `[half of the block, half of the columns]`.
-#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Products([[[[f32; LANES]; ROWS]; 2]; 2]);
 
 /// Buffers of a task.
 struct Scratch {
-    /// Of one block and the next.
-    products: [Products; 2],
+    /// Of one block.
+    products: Products,
     /// A tile of normed rows.
     normed: Lines<u16>,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
-        products: [Products([[[[0.0; LANES]; ROWS]; 2]; 2]); 2],
+        products: Products([[[[0.0; LANES]; ROWS]; 2]; 2]),
         normed: Lines::default(),
     });
 }
@@ -70,9 +69,9 @@ thread_local! {
 pub(super) unsafe fn quantize(words: &[u16], out: &mut QuantizedTiles<'_>) {
     SCRATCH.with_borrow_mut(|Scratch { products, .. }| {
         // SAFETY: this function's contract.
-        let tiles = unsafe { start() };
+        let tiles = unsafe { Tiles::new() };
         for (words, mut out) in words.chunks_exact(ROWS * out.width).zip(out.tiles()) {
-            // SAFETY: the tiles were made ready.
+            // SAFETY: tiles are configured.
             unsafe { quantize_tile(words, products, &mut out) };
         }
         drop(tiles);
@@ -92,37 +91,18 @@ pub(super) unsafe fn norm_quantize(
 ) {
     SCRATCH.with_borrow_mut(|Scratch { products, normed }| {
         // SAFETY: this function's contract.
-        let tiles = unsafe { start() };
+        let tiles = unsafe { Tiles::new() };
         let width = weight.len();
         normed.resize(ROWS * width);
         for (x, mut out) in x.chunks(ROWS * width).zip(out.tiles()) {
             for (row, x) in x.chunks_exact(width).enumerate() {
                 norm(x, weight, eps, &mut normed[row * TILE_DEPTH..]);
             }
-            // SAFETY: the tiles were made ready.
+            // SAFETY: tiles are configured.
             unsafe { quantize_tile(&normed[..ROWS * width], products, &mut out) };
         }
         drop(tiles);
     });
-}
-
-/// Configures tiles, and loads the matrix into the last two.
-///
-/// # Safety
-/// As [`quantize`].
-unsafe fn start() -> Tiles {
-    // SAFETY: this function's contract; the matrix has 16 rows of 64 bytes a tile.
-    unsafe {
-        let tiles = Tiles::new();
-        tile_asm!(
-            "tileloadd tmm6, [{left} + {line}]",
-            "tileloadd tmm7, [{right} + {line}]",;
-            left = in(reg) &raw const HADAMARD[0],
-            right = in(reg) &raw const HADAMARD[1],
-            line = in(reg) ROW_BYTES,
-        );
-        tiles
-    }
 }
 
 /// Writes the normed row into its lines of a tile; the first of them begins `out`.
@@ -156,10 +136,10 @@ fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) {
 /// [`quantize`] for up to 16 rows.
 ///
 /// # Safety
-/// Tiles must come from [`start`].
+/// Tiles must be configured.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-unsafe fn quantize_tile(words: &[u16], products: &mut [Products; 2], out: &mut QuantizedTiles<'_>) {
+unsafe fn quantize_tile(words: &[u16], products: &mut Products, out: &mut QuantizedTiles<'_>) {
     let magnitude = |x| _mm512_castps_si512(_mm512_abs_ps(x));
     let mut largest = [_mm512_setzero_si512(); ROWS];
     // SAFETY: this function's contract.
@@ -203,25 +183,6 @@ unsafe fn quantize_tile(words: &[u16], products: &mut [Products; 2], out: &mut Q
 }
 
 impl Products {
-    /// Stores what [`multiply`] has left.
-    ///
-    /// # Safety
-    /// Tiles must come from [`start`].
-    #[inline]
-    unsafe fn store(&mut self) {
-        // SAFETY: this function's contract; there is room for four tiles.
-        unsafe {
-            tile_asm!(
-                "tilestored [{products} + {line}], tmm0",
-                "tilestored [{products} + {line} + 1024], tmm1",
-                "tilestored [{products} + {line} + 2048], tmm2",
-                "tilestored [{products} + {line} + 3072], tmm3",;
-                products = in(reg) self.0.as_mut_ptr(),
-                line = in(reg) ROW_BYTES,
-            );
-        }
-    }
-
     /// What row `row` of a block is made from: `[aH, bH]` for each half of the columns.
     #[inline]
     #[target_feature(enable = "avx512f")]
@@ -233,43 +194,37 @@ impl Products {
     }
 }
 
-/// Calls `run(block, products)` for all blocks of a tile of rows; the tiles of the next block are multiplied
-/// meanwhile.
+/// Calls `run(block, products)` for all blocks of a tile of rows.
 ///
 /// # Safety
-/// Tiles must come from [`start`].
+/// Tiles must be configured.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn for_blocks(
     words: &[u16],
-    products: &mut [Products; 2],
+    products: &mut Products,
     mut run: impl FnMut(usize, &Products),
 ) {
-    let blocks = words.as_chunks::<{ 2 * TILE_WORDS }>().0;
-    // SAFETY: this function's contract.
-    unsafe {
-        multiply(&blocks[0]);
-        for (block, next) in (1..=blocks.len()).enumerate() {
-            products[block % 2].store();
-            if let Some(words) = blocks.get(next) {
-                multiply(words);
-            }
-            run(block, &products[block % 2]);
-        }
+    for (block, words) in words.as_chunks::<{ 2 * TILE_WORDS }>().0.iter().enumerate() {
+        // SAFETY: this function's contract.
+        unsafe { multiply(words, products) };
+        run(block, products);
     }
 }
 
-/// Products of both halves of a block, in the first four tiles.
+/// Products of both halves of a block.
 ///
 /// # Safety
-/// Tiles must come from [`start`].
+/// Tiles must be configured.
 #[inline]
-unsafe fn multiply(words: &[u16; 2 * TILE_WORDS]) {
-    // SAFETY: this function's contract; there are two tiles of words.
+unsafe fn multiply(words: &[u16; 2 * TILE_WORDS], products: &mut Products) {
+    // SAFETY: this function's contract; two tiles of words, two of the matrix and four of products.
     unsafe {
         tile_asm!(
             "tileloadd tmm4, [{words} + {line}]",
             "tileloadd tmm5, [{words} + {line} + 1024]",
+            "tileloadd tmm6, [{matrix} + {line}]",
+            "tileloadd tmm7, [{matrix} + {line} + 1024]",
             "tilezero tmm0",
             "tilezero tmm1",
             "tilezero tmm2",
@@ -277,8 +232,14 @@ unsafe fn multiply(words: &[u16; 2 * TILE_WORDS]) {
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",;
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "tilestored [{products} + {line}], tmm0",
+            "tilestored [{products} + {line} + 1024], tmm1",
+            "tilestored [{products} + {line} + 2048], tmm2",
+            "tilestored [{products} + {line} + 3072], tmm3",;
             words = in(reg) words.as_ptr(),
+            matrix = in(reg) HADAMARD.as_ptr(),
+            products = in(reg) products.0.as_mut_ptr(),
             line = in(reg) ROW_BYTES,
         );
     }
