@@ -5,7 +5,7 @@
 use std::convert::Infallible;
 
 use alknet_kernels::{
-    Engine, Extension, Heads, Isa, KeyValues, MatrixSource, PackedMatrix, Projection,
+    Engine, Extension, Heads, Intermediate, Isa, KeyValues, MatrixSource, PackedMatrix, Projection,
     QuantizedRows, Segment,
 };
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -90,7 +90,7 @@ fn attention(c: &mut Criterion) {
             let places = pass.grow(HEADS, &mut cache, len, len);
             pass.extend(HEADS, &x, &mut [Extension { rows: 0..len, places }]);
             let segment = Segment { rows: 0..rows, first: len - rows, cache: &cache };
-            let mut out = vec![0.0; rows * HEADS.query_width()];
+            let mut out = Intermediate::default();
             group.bench_function(BenchmarkId::new(engine.isa().name(), len), |b| {
                 b.iter(|| pass.attention(HEADS, std::slice::from_ref(&segment), &x, &mut out));
             });

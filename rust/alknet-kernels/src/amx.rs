@@ -7,6 +7,7 @@
 
 mod attention;
 mod products;
+mod rotation;
 mod tiles;
 
 use std::{
@@ -32,6 +33,9 @@ pub(crate) static KERNELS: Kernels = Kernels {
         store_values: attention::store_values,
         attention: attention::attention,
         columns: attention::COLUMNS,
+        rotation: rotation::BLOCK,
+        quantize: rotation::quantize,
+        norm_quantize: rotation::norm_quantize,
     }),
     ..avx512bf16::KERNELS
 };

@@ -11,7 +11,7 @@ use crate::{
     ops::Heads,
     pack::PackedMatrix,
     pool::Shared,
-    rows::{Excess, QuantizedRows},
+    rows::{Excess, QuantizedRows, TILE_ROWS},
     scalar::{self, K_ALIGN, LANES, Place, TileHeads},
 };
 
@@ -49,10 +49,12 @@ pub(crate) struct TileAttention<'a> {
     pub(crate) words: &'a [u16],
     /// Measures of blocks.
     pub(crate) shape: BlockShape,
-    /// Rows `out_stride` apart, one a token of the segment, the first of them at `out_start`.
-    pub(crate) out: &'a Shared<f32>,
-    pub(crate) out_start: usize,
-    pub(crate) out_stride: usize,
+    /// Words of [`crate::rows::Intermediate`] of `out_width` numbers a row, of which the segment's rows
+    /// begin with `out_row`, and the numbers of the task's heads with `out_column`.
+    pub(crate) out: &'a Shared<u16>,
+    pub(crate) out_width: usize,
+    pub(crate) out_row: usize,
+    pub(crate) out_column: usize,
 }
 
 /// Values of one head for some positions of one group (see [`crate::keys::KeyBlocks`]).
@@ -70,7 +72,34 @@ pub(crate) struct StoreValues<'a> {
     pub(crate) row: usize,
 }
 
+/// Whole tiles of [`QuantizedRows`] that are written together, the last of which may have fewer rows.
+pub(crate) struct QuantizedTiles<'a> {
+    /// Numbers in a row.
+    pub(crate) width: usize,
+    /// `[tiles, width / 64, 16, 64]`.
+    pub(crate) data: &'a mut [i8],
+    /// `[rows]`.
+    pub(crate) scales: &'a mut [f32],
+}
+
+impl QuantizedTiles<'_> {
+    /// Number of rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.scales.len()
+    }
+
+    /// The rows of each tile.
+    pub(crate) fn tiles(&mut self) -> impl Iterator<Item = QuantizedTiles<'_>> {
+        let width = self.width;
+        let tiles = self.data.chunks_mut(TILE_ROWS * width).zip(self.scales.chunks_mut(TILE_ROWS));
+        tiles.map(move |(data, scales)| QuantizedTiles { width, data, scales })
+    }
+}
+
 type Finished = unsafe fn(&Product<'_>, usize, &Shared<f32>);
+type FinishedWords = unsafe fn(&Product<'_>, usize, &Shared<u16>);
+type QuantizeTiles = unsafe fn(&[u16], &mut QuantizedTiles<'_>);
+type NormQuantizeTiles = unsafe fn(&[f32], &[f32], f32, &mut QuantizedTiles<'_>);
 type Project = unsafe fn(&Product<'_>, &Heads, &[f32], &Shared<u16>);
 
 /// Kernels that finish their products themselves, without a buffer of numbers in between, and whose
@@ -79,13 +108,17 @@ type Project = unsafe fn(&Product<'_>, &Heads, &[f32], &Shared<u16>);
 pub(crate) struct TileKernels {
     pub(crate) copy: Finished,
     pub(crate) add: Finished,
-    pub(crate) gate_up: Finished,
+    pub(crate) gate_up: FinishedWords,
     pub(crate) qkv: Project,
     /// The group's values begin at the pointer.
     pub(crate) store_values: unsafe fn(&StoreValues<'_>, *mut u16),
     pub(crate) attention: unsafe fn(&TileAttention<'_>),
     /// Columns that attention computes together.
     pub(crate) columns: usize,
+    /// Rotate and round rows of whole blocks of `rotation` numbers, which are rounded to bf16 before.
+    pub(crate) rotation: usize,
+    pub(crate) quantize: QuantizeTiles,
+    pub(crate) norm_quantize: NormQuantizeTiles,
 }
 
 /// Kernels of one instruction set that this CPU has.

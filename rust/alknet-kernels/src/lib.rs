@@ -7,10 +7,10 @@
 //!
 //! Integer sums are exact and every fp32 step has one order of operations, so a row's result does
 //! not depend on its batch, on the number of threads, or on how the input was cut into chunks. Linear
-//! products are the same to the bit on all instruction sets. Attention's round differently:
-//! [`Isa::Scalar`] does not fuse multiply and add, [`Isa::Avx512Bf16`] and [`Isa::Amx`] round their
-//! inputs to bf16; the others agree. [`Isa::Amx`] keeps keys and values in bf16, and its exponentials,
-//! SiLU's too, are within a part in 9,000.
+//! products of the same 8-bit numbers are the same to the bit on all instruction sets. Attention's
+//! round differently: [`Isa::Scalar`] does not fuse multiply and add, [`Isa::Avx512Bf16`] and
+//! [`Isa::Amx`] round their inputs to bf16; the others agree. [`Isa::Amx`] also keeps in bf16 what it
+//! rotates, and queries, keys and values; its exponentials, SiLU's too, are within a part in 9,000.
 //!
 //! The scalar code is the specification; one file per instruction set stands beside it:
 //!
@@ -19,11 +19,11 @@
 //! | `isa.rs` | which instruction sets this CPU has |
 //! | `scalar.rs`, `attention.rs` | what every kernel computes, written so that LLVM vectorises it |
 //! | `avx2.rs`, `avxvnni.rs`, `avx512.rs`, `avx512bf16.rs`, `amx.rs` | the same kernels, with intrinsics where LLVM falls short |
-//! | `amx/products.rs`, `amx/attention.rs`, `amx/tiles.rs` | linear products and attention on AMX tiles, and the tiles |
+//! | `amx/products.rs`, `amx/attention.rs`, `amx/rotation.rs`, `amx/tiles.rs` | linear products, attention and rotation on AMX tiles, and the tiles |
 //! | `bytes.rs` | the product of bytes that `avx2.rs`, `avxvnni.rs` and `avx512.rs` share |
 //! | `dispatch.rs` | the table of kernels of one instruction set |
 //! | `pack.rs` | 8-bit weights in the order in which the kernels read them |
-//! | `rows.rs` | 8-bit activations |
+//! | `rows.rs` | 8-bit activations, and what they are made from |
 //! | `keys.rs` | queries, keys and values, in fp32 rows or as bf16 tiles |
 //! | `lines.rs` | numbers in whole cache lines |
 //! | `inner.rs` | inner products in fp32, for what is read of the activations |
@@ -64,4 +64,4 @@ pub use keys::{KeyValues, NewPositions, Projection};
 pub use ops::{Engine, Extension, Heads, Pass, Segment};
 pub use pack::{MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Widen, padded_outputs};
 pub use pool::{Pool, Turn};
-pub use rows::QuantizedRows;
+pub use rows::{Intermediate, QuantizedRows};

@@ -14,13 +14,13 @@ use std::{
 
 use crate::{
     attention::{AttentionTask, tokens_per_block},
-    dispatch::{Kernels, Product, StoreValues, TileAttention, TileKernels},
+    dispatch::{Kernels, Product, QuantizedTiles, StoreValues, TileAttention, TileKernels},
     isa::{Isa, UnsupportedIsa},
     keys::{BLOCK, BlockShape, GROUP, KeyValues, NewPositions, Projection},
     pack::{MatrixSource, PackError, PackedMatrix, padded_outputs},
     pool::{Pool, Shared, Turn},
-    rows::{Excess, QuantizedRows},
-    scalar::{self, LANES, Place, TileHeads},
+    rows::{Excess, Intermediate, QuantizedRows, TILE_ROWS},
+    scalar::{self, K_ALIGN, LANES, Place, TileHeads},
 };
 
 /// Rows of one product between two visits of the epilogue: its tile stays in the first-level cache.
@@ -31,9 +31,6 @@ const PANEL_PAIR: usize = 2;
 
 /// Numbers of a product that are computed between two visits of the epilogue, about.
 const TILE_NUMBERS: usize = 16 << 10;
-
-/// Shares of rows begin at multiples of so many, which fill the tiles of all kernels.
-const ROW_UNIT: usize = 16;
 
 /// Tasks of attention per thread that even out what threads are held up by.
 const MIN_TASKS_PER_THREAD: usize = 4;
@@ -254,6 +251,14 @@ impl Pass {
     pub fn rms_norm_quantize(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut QuantizedRows) {
         let width = weight.len();
         let rows = x.len() / width;
+        if let Some(tiles) = self.rotation_on_tiles(width) {
+            self.for_quantized_tiles(rows, width, out, |rows, out| {
+                let x = &x[rows.start * width..rows.end * width];
+                // SAFETY: the table of kernels was handed out after the CPU check.
+                unsafe { (tiles.norm_quantize)(x, weight, eps, out) };
+            });
+            return;
+        }
         let out = RowWriter::new(out, rows, width, self.kernels);
         self.for_row_groups(rows, |group| {
             with_buffer(width, |normed| {
@@ -282,6 +287,54 @@ impl Pass {
         });
     }
 
+    /// Quantises what attention, or gate and up, have left; it is rotated in place.
+    pub fn quantize_intermediate(&self, x: &mut Intermediate, out: &mut QuantizedRows) {
+        let Intermediate { rows, width, .. } = *x;
+        if let Some(tiles) = self.rotation_on_tiles(width) {
+            self.for_quantized_tiles(rows, width, out, |rows, out| {
+                let words =
+                    &x.words[rows.start * width..rows.end.next_multiple_of(TILE_ROWS) * width];
+                // SAFETY: as above.
+                unsafe { (tiles.quantize)(words, out) };
+            });
+        } else {
+            if self.kernels.tiles.is_some() {
+                x.widen();
+            }
+            self.quantize(&mut x.numbers, width, out);
+        }
+    }
+
+    /// Kernels that rotate rows of `width` numbers on tiles, if there are any.
+    fn rotation_on_tiles(&self, width: usize) -> Option<&'static TileKernels> {
+        self.kernels.tiles.as_ref().filter(|tiles| width.is_multiple_of(tiles.rotation))
+    }
+
+    /// Calls `run(rows, out)` for runs of rows, as many as there are threads for them.
+    fn for_quantized_tiles(
+        &self,
+        rows: usize,
+        width: usize,
+        out: &mut QuantizedRows,
+        run: impl Fn(Range<usize>, &mut QuantizedTiles<'_>) + Sync,
+    ) {
+        out.reshape(rows, width, true);
+        let size = TILE_ROWS * rows.div_ceil(TILE_ROWS).div_ceil(self.turn.threads()).max(1);
+        let (data, scales) = (Shared::new(&mut out.data), Shared::new(&mut out.scales));
+        self.turn.for_each(rows.div_ceil(size), |task| {
+            let (start, len) = (task * size, size.min(rows - task * size));
+            // SAFETY: every row belongs to one task.
+            let mut out = unsafe {
+                QuantizedTiles {
+                    width,
+                    data: data.range(start * width, len.next_multiple_of(TILE_ROWS) * width),
+                    scales: scales.range(start, len),
+                }
+            };
+            run(start..start + len, &mut out);
+        });
+    }
+
     /// Cuts `x · Wᵀ` into as many tasks as there are threads, each some rows by a run of panels, which
     /// begins at a multiple of `unit` and holds whole units.
     fn for_products(
@@ -294,7 +347,7 @@ impl Pass {
         assert_eq!(x.width(), w.inputs());
         let units = w.panels().div_ceil(unit);
         let (row_shares, column_shares) = grid(self.turn.free_threads(), x.rows(), units);
-        let share_rows = x.rows().div_ceil(row_shares).next_multiple_of(ROW_UNIT);
+        let share_rows = x.rows().div_ceil(row_shares).next_multiple_of(TILE_ROWS);
         self.turn.for_each_own(row_shares * column_shares, |task| {
             let (row_share, share) = (task / column_shares, task % column_shares);
             let rows =
@@ -363,19 +416,24 @@ impl Pass {
         });
     }
 
-    /// `out = SiLU(gate) · up`, where panels of `w` are those of gate and up in turn.
-    ///
-    /// # Shapes
-    /// - `out`: `[rows, width]`
-    pub fn gate_up(&self, x: &QuantizedRows, w: &PackedMatrix, width: usize, out: &mut [f32]) {
-        let out = Shared::new(out);
+    /// `out = SiLU(gate) · up`, rows of `width` numbers, where panels of `w` are those of gate and up in turn.
+    pub fn gate_up(
+        &self,
+        x: &QuantizedRows,
+        w: &PackedMatrix,
+        width: usize,
+        out: &mut Intermediate,
+    ) {
+        out.reshape(x.rows(), width, self.kernels.tiles.is_some());
         if let Some(tiles) = &self.kernels.tiles {
+            let out = Shared::new(&mut out.words);
             self.for_products(x, w, PANEL_PAIR, |product| {
                 // SAFETY: as above.
                 unsafe { (tiles.gate_up)(product, width, &out) };
             });
             return;
         }
+        let out = Shared::new(&mut out.numbers);
         self.for_tiles(x, w, PANEL_PAIR, |rows, panels, tile| {
             let first = panels.start / 2 * LANES;
             let len = (panels.end / 2 * LANES).min(width) - first;
@@ -497,20 +555,22 @@ impl Pass {
         });
     }
 
-    /// Causal attention of every segment to its own keys and values.
-    ///
-    /// # Shapes
-    /// - `out`: `[rows, query_width]`
+    /// Causal attention of every segment to its own keys and values: rows of `query_width` numbers, up to
+    /// the last one of a segment.
     pub fn attention(
         &self,
         heads: Heads,
         segments: &[Segment<'_>],
         projection: &Projection,
-        out: &mut [f32],
+        out: &mut Intermediate,
     ) {
+        let rows = segments.iter().map(|segment| segment.rows.end).max().unwrap_or(0);
+        out.reshape(rows, heads.query_width(), self.kernels.tiles.is_some());
         match &self.kernels.tiles {
-            Some(tiles) => self.attend_to_blocks(tiles, heads, segments, &projection.words, out),
-            None => self.attend_to_rows(heads, segments, &projection.numbers, out),
+            Some(tiles) => {
+                self.attend_to_blocks(tiles, heads, segments, &projection.words, &mut out.words);
+            }
+            None => self.attend_to_rows(heads, segments, &projection.numbers, &mut out.numbers),
         }
     }
 
@@ -521,7 +581,7 @@ impl Pass {
         heads: Heads,
         segments: &[Segment<'_>],
         projection: &[u16],
-        out: &mut [f32],
+        out: &mut [u16],
     ) {
         let (dim, group) = (heads.head_dim, heads.group());
         let (shape, query_stride) = (BlockShape::new(&heads), Projection::width(&heads));
@@ -552,8 +612,9 @@ impl Pass {
                 words: &segment.cache.blocks.words()[head * 2 * shape.half()..],
                 shape,
                 out: &out,
-                out_start: segment.rows.start * heads.query_width() + head * group * dim,
-                out_stride: heads.query_width(),
+                out_width: heads.query_width(),
+                out_row: segment.rows.start,
+                out_column: head * group * dim,
             };
             // SAFETY: every head of a token belongs to one task; the table of kernels was handed out
             // after the CPU check.
@@ -613,7 +674,7 @@ fn grid(threads: usize, rows: usize, units: usize) -> (usize, usize) {
     const LEAST: usize = 2;
     let cut = |row_shares: usize| (row_shares, threads / row_shares);
     let largest = |&(row_shares, column_shares): &(usize, usize)| {
-        let row_units = rows.div_ceil(ROW_UNIT).div_ceil(row_shares);
+        let row_units = rows.div_ceil(TILE_ROWS).div_ceil(row_shares);
         row_units.max(LEAST) * units.div_ceil(column_shares)
     };
     (1..=threads).map(cut).min_by_key(largest).unwrap_or((1, 1))
@@ -646,7 +707,7 @@ struct RowWriter {
 
 impl RowWriter {
     fn new(out: &mut QuantizedRows, rows: usize, width: usize, kernels: &'static Kernels) -> Self {
-        out.reshape(rows, width);
+        out.reshape(rows, width, kernels.tiles.is_some());
         if kernels.split.is_some() {
             out.reshape_excess();
         }
@@ -669,13 +730,21 @@ impl RowWriter {
     /// borrowed.
     unsafe fn write(&self, row: usize, numbers: &mut [f32]) {
         // SAFETY: this function's contract.
-        let (q, scale, offset) = unsafe {
-            (
-                self.data.range(row * self.stride, self.stride),
-                self.scales.range(row, 1),
-                self.offsets.range(row, 1),
-            )
-        };
+        let (scale, offset) = unsafe { (self.scales.range(row, 1), self.offsets.range(row, 1)) };
+        if self.kernels.tiles.is_some() {
+            let mut q = vec![0; self.stride];
+            let (s, sum) = self.kernels.rotate_quantize(numbers, self.block, &mut q);
+            (scale[0], offset[0]) = (s, -128 * sum);
+            let tile = row / TILE_ROWS * TILE_ROWS * self.stride + row % TILE_ROWS * K_ALIGN;
+            for (step, q) in q.chunks_exact(K_ALIGN).enumerate() {
+                // SAFETY: this function's contract.
+                let out = unsafe { self.data.range(tile + step * TILE_ROWS * K_ALIGN, K_ALIGN) };
+                out.copy_from_slice(q);
+            }
+            return;
+        }
+        // SAFETY: this function's contract.
+        let q = unsafe { self.data.range(row * self.stride, self.stride) };
         let (s, sum) = self.kernels.rotate_quantize(numbers, self.block, q);
         (scale[0], offset[0]) = (s, -128 * sum);
         if self.kernels.split.is_some() {

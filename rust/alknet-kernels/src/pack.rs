@@ -2,7 +2,8 @@
 //!
 //! Outputs go in panels of 16. A panel holds, for every four inputs, 64 bytes: four weights of each
 //! of its outputs. That is one register of AVX-512 VNNI, four half registers of AVX2, and one row of
-//! an AMX tile. Weights are stored as `w + 128`, since VNNI multiplies unsigned by signed bytes.
+//! an AMX tile. Weights are stored as `w + 128`, since VNNI multiplies unsigned by signed bytes; AMX also
+//! multiplies signed ones, and has them as they are.
 
 use std::{io, ops::Range, sync::Arc};
 
@@ -46,13 +47,14 @@ pub enum PackError<E> {
     Memory(io::Error),
 }
 
-/// A packed matrix `[outputs, inputs]`: `w ≈ scale · (byte − 128)`, one scale per output.
+/// A packed matrix `[outputs, inputs]`: `w ≈ scale · (byte − 128)`, or `scale · byte` for kernels that multiply
+/// tiles, one scale per output.
 #[derive(Debug, Clone)]
 pub struct PackedMatrix {
     arena: Arc<MmapMut>,
     start: usize,
     inputs: usize,
-    /// `inputs` rounded up; the filling is 128, which stands for zero.
+    /// `inputs` rounded up; the filling stands for zero.
     stride: usize,
     /// `[outputs]`, the rotation's factor included.
     scales: Vec<f32>,
@@ -187,8 +189,9 @@ fn pack_panel<E>(
         (source.widen)(panel * LANES + i, &mut row)?;
         // Both sides are multiplied by the unnormalised matrix, so that products grow by its size.
         *scale = kernels.rotate_quantize(&mut row, block, &mut quantized).0 / block as f32;
+        let flip = if kernels.tiles.is_some() { 0 } else { 0x80 };
         for (group, q) in bytes.chunks_exact_mut(4 * LANES).zip(quantized.as_chunks::<4>().0) {
-            let stored = q.map(|q| (q as u8) ^ 0x80);
+            let stored = q.map(|q| (q as u8) ^ flip);
             group[4 * i..4 * i + 4].copy_from_slice(&stored);
         }
     }

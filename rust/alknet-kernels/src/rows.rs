@@ -8,9 +8,11 @@ use crate::{
 /// Rows of a linear product's input: rotated, then rounded to 8 bits.
 ///
 /// # Shapes
-/// - `data`: `[rows, stride]`, `stride` the input width rounded up, filled with zeros
+/// - `data`: `[rows, stride]`, `stride` the input width rounded up, filled with zeros; for kernels that
+///   multiply tiles, those of 16 rows: `[rows / 16, stride / 64, 16, 64]`, rows rounded up
 /// - `scales`: `[rows]`; NaN for a row that held a number that is not finite
-/// - `offsets`: `[rows]`, `−128 · Σ q`, which undoes that stored weights are `w + 128`
+/// - `offsets`: `[rows]`, `−128 · Σ q`, which undoes that stored weights are `w + 128`; unspecified for
+///   kernels that multiply tiles
 /// - `excess`: `[rows, stride / 4]`, of which each row has `excess_len`; or both empty, for kernels
 ///   that multiply any rows
 #[derive(Debug, Default)]
@@ -24,6 +26,65 @@ pub struct QuantizedRows {
     pub(crate) excess_len: Vec<u32>,
 }
 
+/// Rows of a tile of [`Intermediate`].
+pub(crate) const TILE_ROWS: usize = 16;
+
+/// Numbers of a row in a tile.
+pub(crate) const TILE_DEPTH: usize = 32;
+
+/// Numbers of a tile.
+pub(crate) const TILE_WORDS: usize = TILE_ROWS * TILE_DEPTH;
+
+/// What attention, or gate and up, leave for the product after them: in fp32, or in bf16 as the kernels
+/// want it.
+///
+/// # Shapes
+/// - `numbers`: `[rows, width]`
+/// - `words`: `[rows / 16, width / 32, 16, 32]`, both rounded up: tiles
+#[derive(Debug, Default)]
+pub struct Intermediate {
+    pub(crate) rows: usize,
+    pub(crate) width: usize,
+    pub(crate) numbers: Vec<f32>,
+    pub(crate) words: Lines<u16>,
+}
+
+impl Intermediate {
+    /// Makes room for `rows` rows of `width` numbers, in tiles or not; what they hold is unspecified.
+    pub(crate) fn reshape(&mut self, rows: usize, width: usize, tiles: bool) {
+        (self.rows, self.width) = (rows, width);
+        if tiles {
+            self.words.resize(rows.next_multiple_of(TILE_ROWS) * Self::padded(width));
+        } else {
+            self.numbers.resize(rows * width, 0.0);
+        }
+    }
+
+    /// Numbers of a row with the filling.
+    pub(crate) fn padded(width: usize) -> usize {
+        width.next_multiple_of(TILE_DEPTH)
+    }
+
+    /// Where number `column` of a row is in tiles; the next ones follow it up to a multiple of 32.
+    #[inline]
+    pub(crate) fn place(width: usize, row: usize, column: usize) -> usize {
+        row / TILE_ROWS * TILE_ROWS * Self::padded(width)
+            + column / TILE_DEPTH * TILE_WORDS
+            + row % TILE_ROWS * TILE_DEPTH
+            + column % TILE_DEPTH
+    }
+
+    /// Fills `numbers` from tiles.
+    pub(crate) fn widen(&mut self) {
+        let places =
+            (0..self.rows).flat_map(|row| (0..self.width).map(move |column| (row, column)));
+        let place = |(row, column)| Self::place(self.width, row, column);
+        let number = |word: u16| f32::from_bits(u32::from(word) << 16);
+        self.numbers.clear();
+        self.numbers.extend(places.map(|at| number(self.words[place(at)])));
+    }
+}
+
 /// Four inputs of a row that are added to it once more, since `data` holds only a part of them.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Excess {
@@ -33,11 +94,11 @@ pub(crate) struct Excess {
 }
 
 impl QuantizedRows {
-    /// Makes room for `rows` rows of `width` numbers; what they hold is unspecified.
-    pub(crate) fn reshape(&mut self, rows: usize, width: usize) {
+    /// Makes room for `rows` rows of `width` numbers, in tiles or not; what they hold is unspecified.
+    pub(crate) fn reshape(&mut self, rows: usize, width: usize, tiles: bool) {
         self.width = width;
         self.stride = width.next_multiple_of(K_ALIGN);
-        self.data.resize(rows * self.stride);
+        self.data.resize(if tiles { rows.next_multiple_of(TILE_ROWS) } else { rows } * self.stride);
         self.scales.resize(rows, 0.0);
         self.offsets.resize(rows, 0);
     }
@@ -50,6 +111,12 @@ impl QuantizedRows {
     /// Numbers in a row, without the filling.
     pub fn width(&self) -> usize {
         self.width
+    }
+
+    /// The tiles of 16 rows from `row` on, a multiple of 16.
+    #[inline]
+    pub(crate) fn tile(&self, row: usize) -> &[i8] {
+        &self.data[row * self.stride..][..TILE_ROWS * self.stride]
     }
 
     /// Makes room for what kernels split off.

@@ -25,8 +25,8 @@ use std::{
 };
 
 use alknet_kernels::{
-    Engine, Extension, Heads, Isa, MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Pass,
-    Projection, QuantizedRows, Segment, padded_outputs,
+    Engine, Extension, Heads, Intermediate, Isa, MAX_INPUTS, MatrixSource, PackError, PackedMatrix,
+    Pass, Projection, QuantizedRows, Segment, padded_outputs,
 };
 
 use super::{
@@ -88,8 +88,8 @@ struct Workspace {
     angles: Vec<f32>,
     /// Queries, keys and values.
     qkv: Projection,
-    /// `[rows, query_width]` or `[rows, intermediate_size]`.
-    inner: Vec<f32>,
+    /// Result of attention, or of gate and up.
+    inner: Intermediate,
     /// Input of the product at hand.
     quantized: QuantizedRows,
 }
@@ -216,8 +216,6 @@ impl NativeBackend {
         let rows = pieces.last().map_or(0, |piece| piece.rows.end);
         work.x.resize(rows * hidden, 0.0);
         work.angles.resize(rows * dim, 0.0);
-        let inner = self.heads.query_width().max(self.config.intermediate_size);
-        work.inner.resize(rows * inner, 0.0);
         let (mut ids, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
         for piece in pieces {
             ids.extend_from_slice(&batch[piece.sequence].input_ids[piece.tokens.clone()]);
@@ -302,17 +300,14 @@ impl NativeBackend {
         layer: usize,
     ) {
         let Block { attention, mlp } = &self.blocks[layer];
-        let width = self.heads.query_width();
-        let inner = &mut work.inner[..work.quantized.rows() * width];
-        pass.attention(self.heads, segments, &work.qkv, inner);
-        pass.quantize(inner, width, &mut work.quantized);
+        pass.attention(self.heads, segments, &work.qkv, &mut work.inner);
+        pass.quantize_intermediate(&mut work.inner, &mut work.quantized);
         self.add(pass, work, &attention.second, layer, SiteKind::AttnOut);
         let Some(mlp) = mlp else { return };
         let (eps, width) = (self.config.rms_norm_eps as f32, self.config.intermediate_size);
         pass.rms_norm_quantize(&work.x, &mlp.norm, eps, &mut work.quantized);
-        let inner = &mut work.inner[..work.quantized.rows() * width];
-        pass.gate_up(&work.quantized, &mlp.first, width, inner);
-        pass.quantize(inner, width, &mut work.quantized);
+        pass.gate_up(&work.quantized, &mlp.first, width, &mut work.inner);
+        pass.quantize_intermediate(&mut work.inner, &mut work.quantized);
         self.add(pass, work, &mlp.second, layer, SiteKind::MlpOut);
     }
 

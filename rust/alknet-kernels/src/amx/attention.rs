@@ -17,6 +17,7 @@ use crate::{
     avx512bf16::INTERLEAVE,
     dispatch::{StoreValues, TileAttention},
     keys::{BLOCK, GROUP},
+    rows::Intermediate,
     scalar::LANES,
 };
 
@@ -25,6 +26,10 @@ pub(super) const COLUMNS: usize = 2 * LANES;
 
 /// By how much scores may exceed the maximum that weights are relative to, in powers of two.
 const SLACK: f32 = 8.0;
+
+/// Cache lines that are fetched while weights of four keys are computed: over a block, as many as 64 keys or
+/// values of 64 numbers have.
+const LINES_PER_STEP: usize = 8;
 
 /// A row of a tile: 16 pairs of bf16 numbers.
 type Row = [u32; LANES];
@@ -95,7 +100,7 @@ thread_local! {
 pub(super) unsafe fn attention(task: &TileAttention<'_>) {
     SCRATCH.with_borrow_mut(|scratch| {
         // SAFETY: this table of kernels is handed out where AMX is available.
-        let tiles = unsafe { Tiles::new(ROWS, ROWS) };
+        let tiles = unsafe { Tiles::new() };
         for first in task.columns.clone().step_by(COLUMNS) {
             // SAFETY: this function's contract.
             unsafe { columns(task, first, scratch) };
@@ -107,13 +112,12 @@ pub(super) unsafe fn attention(task: &TileAttention<'_>) {
 /// Attention of 32 columns from `first` on; those beyond the last one repeat it.
 ///
 /// # Safety
-/// As [`attention`]; tiles must be configured for 16 rows throughout.
+/// As [`attention`]; tiles must be configured.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
 unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch) {
     let row = task.shape.row;
     let places = places(task, first);
     scratch.queries.resize(row, Pairs([0; LANES]));
-    scratch.sums.clear();
     scratch.sums.resize(2 * row, Numbers::of(0.0));
     for (half, queries) in scratch.queries.chunks_exact_mut(row / 2).enumerate() {
         let of = |i: usize| &task.queries[places.query[half * LANES + i]..][..row];
@@ -138,21 +142,32 @@ unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch)
         let len = (end - start).next_multiple_of(GROUP).min(BLOCK);
         let block = &task.words[start / BLOCK * task.shape.block()..][..2 * task.shape.half()];
         let (keys, values) = block.split_at(task.shape.half());
+        // What is read after the weights comes into the first-level cache while they are computed.
+        let next = task.words.get((start / BLOCK + 1) * task.shape.block()..).unwrap_or(keys);
         // SAFETY: this function's contract.
         unsafe { scores(&keys[..len * row], row, &scratch.queries, &mut scratch.states) };
-        for ((state, positions), sums) in
-            scratch.states.iter_mut().zip(positions).zip(scratch.sums.chunks_exact_mut(row))
+        let states = scratch.states.iter_mut().zip([values, next]);
+        for (((state, fetch), positions), sums) in
+            states.zip(positions).zip(scratch.sums.chunks_exact_mut(row))
         {
+            // Before the first block there are no sums.
+            let sums = if start == 0 { &mut [] } else { sums };
             if earliest + 1 >= start + len {
-                state.softmax::<false>(len, positions, sums);
+                state.softmax::<false>(len, positions, sums, fetch);
             } else {
                 // The last key that a column sees, counted from the first of the block.
                 let seen = _mm512_sub_epi32(positions, _mm512_set1_epi32(start as i32));
-                state.softmax::<true>(len, seen, sums);
+                state.softmax::<true>(len, seen, sums, fetch);
             }
         }
         // SAFETY: as above.
-        unsafe { add_values(values, len, &scratch.states, &mut scratch.sums) };
+        unsafe {
+            if start == 0 {
+                add_values::<false>(values, len, &scratch.states, &mut scratch.sums);
+            } else {
+                add_values::<true>(values, len, &scratch.states, &mut scratch.sums);
+            }
+        }
     }
     for (half, (state, sums)) in
         scratch.states.iter().zip(scratch.sums.chunks_exact_mut(row)).enumerate()
@@ -168,8 +183,8 @@ struct Places {
     query: [usize; COLUMNS],
     /// Its position in the sequence.
     position: [i32; COLUMNS],
-    /// First of its numbers in the output.
-    out: [usize; COLUMNS],
+    /// Row and first column of its numbers in the output.
+    out: [(usize, usize); COLUMNS],
     /// Number of columns that are not repetitions of the last.
     len: usize,
 }
@@ -177,13 +192,13 @@ struct Places {
 /// Places of the columns from `first` on; those beyond the last one repeat it.
 fn places(task: &TileAttention<'_>, first: usize) -> Places {
     let len = COLUMNS.min(task.columns.end - first);
-    let [query, out] = [[0; COLUMNS]; 2];
-    let mut places = Places { query, position: [0; COLUMNS], out, len };
+    let mut places =
+        Places { query: [0; COLUMNS], position: [0; COLUMNS], out: [(0, 0); COLUMNS], len };
     let (mut token, mut head) = (first / task.group, first % task.group);
     for i in 0..COLUMNS {
         places.query[i] = token * task.query_stride + head * task.shape.row;
         places.position[i] = (task.first + token) as i32;
-        places.out[i] = task.out_start + token * task.out_stride + head * task.head_dim;
+        places.out[i] = (task.out_row + token, task.out_column + head * task.head_dim);
         if i + 1 < len {
             head += 1;
             if head == task.group {
@@ -211,10 +226,17 @@ impl Column {
     }
 
     /// Turns the scores of the first `len` keys into weights, and scales earlier sums where a maximum
-    /// is raised. With `MASKED`, keys after number `seen` of the block weigh nothing.
+    /// is raised. With `MASKED`, keys after number `seen` of the block weigh nothing. The first lines of `fetch`
+    /// come into the first-level cache meanwhile.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-    fn softmax<const MASKED: bool>(&mut self, len: usize, seen: __m512i, sums: &mut [Numbers]) {
+    fn softmax<const MASKED: bool>(
+        &mut self,
+        len: usize,
+        seen: __m512i,
+        sums: &mut [Numbers],
+        fetch: &[u16],
+    ) {
         let log2_e = _mm512_set1_ps(std::f32::consts::LOG2_E);
         let visible = |j: usize| {
             if MASKED { _mm512_cmpge_epi32_mask(seen, _mm512_set1_epi32(j as i32)) } else { !0 }
@@ -247,6 +269,9 @@ impl Column {
         let mut totals = self.totals.each_ref().map(|total| total.load());
         let fours = self.scores[..len].as_chunks::<4>().0.iter();
         for (j, (scores, pairs)) in fours.zip(self.weights.as_chunks_mut::<2>().0).enumerate() {
+            for line in LINES_PER_STEP * j..LINES_PER_STEP * (j + 1) {
+                _mm_prefetch::<_MM_HINT_T0>(fetch.as_ptr().wrapping_add(GROUP * line).cast());
+            }
             let weights: [_; 4] = std::array::from_fn(|i| {
                 let weight = exp2(_mm512_fmsub_ps(scores[i].load(), log2_e, zero));
                 if MASKED { _mm512_maskz_mov_ps(visible(4 * j + i), weight) } else { weight }
@@ -268,7 +293,7 @@ impl Column {
     /// # Safety
     /// As [`attention`].
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn finish(
         &self,
         task: &TileAttention<'_>,
@@ -280,19 +305,32 @@ impl Column {
         let total = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
         let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), total);
         let dim = task.head_dim;
-        for (part, sums) in sums.as_chunks::<LANES>().0.iter().enumerate().take(dim.div_ceil(LANES))
-        {
-            let rows = sums
-                .each_ref()
-                .map(|sums| _mm512_castps_si512(_mm512_mul_ps(sums.load(), inverse)));
-            let len = LANES.min(dim - part * LANES);
-            let mask = ((1_u32 << len) - 1) as __mmask16;
+        // SAFETY: there are 32 numbers.
+        let interleave = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
+        for (part, sums) in sums.as_chunks::<GROUP>().0.iter().enumerate() {
+            let pairs = std::array::from_fn(|i| {
+                let [a, b] = [0, 1].map(|odd| _mm512_mul_ps(sums[2 * i + odd].load(), inverse));
+                // SAFETY: any pattern is a row of bf16 numbers.
+                let halves =
+                    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a)) };
+                _mm512_permutexvar_epi16(interleave, halves)
+            });
             let outs = places.out[..places.len].iter().skip(first);
-            for (start, numbers) in outs.zip(transpose(rows)) {
-                // SAFETY: this function's contract; the mask leaves `len` numbers.
+            for ((row, column), words) in outs.zip(transpose(pairs)) {
+                let place =
+                    |i| Intermediate::place(task.out_width, *row, column + part * GROUP + i);
+                // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
                 unsafe {
-                    let out = task.out.range(start + part * LANES, len);
-                    _mm512_mask_storeu_epi32(out.as_mut_ptr().cast(), mask, numbers);
+                    if dim.is_multiple_of(GROUP) {
+                        let out = task.out.range(place(0), GROUP);
+                        _mm512_storeu_si512(out.as_mut_ptr().cast(), words);
+                        continue;
+                    }
+                    // The head may end in one tile and begin in another.
+                    let words: [u16; GROUP] = std::mem::transmute(words);
+                    for (i, word) in words.into_iter().enumerate().take(dim - part * GROUP) {
+                        task.out.range(place(i), 1)[0] = word;
+                    }
                 }
             }
         }
@@ -302,7 +340,7 @@ impl Column {
 /// Scores of a block's keys: `K Qᵀ`.
 ///
 /// # Safety
-/// Tiles must be configured for 16 rows throughout.
+/// Tiles must be configured.
 #[inline]
 unsafe fn scores(keys: &[u16], row: usize, queries: &[Pairs], states: &mut [Column; 2]) {
     let steps = row / GROUP;
@@ -324,12 +362,17 @@ unsafe fn scores(keys: &[u16], row: usize, queries: &[Pairs], states: &mut [Colu
     }
 }
 
-/// Adds the weighted values of a block's first `len` keys: `Vᵀ Pᵀ`.
+/// The weighted values of a block's first `len` keys, `Vᵀ Pᵀ`, added to `sums` or put in their place.
 ///
 /// # Safety
 /// As [`scores`].
 #[inline]
-unsafe fn add_values(values: &[u16], len: usize, states: &[Column; 2], sums: &mut [Numbers]) {
+unsafe fn add_values<const ADD: bool>(
+    values: &[u16],
+    len: usize,
+    states: &[Column; 2],
+    sums: &mut [Numbers],
+) {
     let row = sums.len() / 2;
     let weights = [states[0].weights.as_ptr(), states[1].weights.as_ptr()];
     let (left, right) = sums.split_at_mut(row);
@@ -346,7 +389,7 @@ unsafe fn add_values(values: &[u16], len: usize, states: &[Column; 2], sums: &mu
         // SAFETY: this function's contract; 32 places in the head for whole groups of keys, pairs of
         // weights for as many, and sums of 32 places by two columns.
         unsafe {
-            multiply::<true>(values, ROW_BYTES, row * ROW_BYTES, weights, len / GROUP, sums);
+            multiply::<ADD>(values, ROW_BYTES, row * ROW_BYTES, weights, len / GROUP, sums);
         }
     }
 }
@@ -356,7 +399,7 @@ unsafe fn add_values(values: &[u16], len: usize, states: &[Column; 2], sums: &mu
 /// A tile of `a` has rows `stride` bytes apart, and comes `step` bytes after the one before it.
 ///
 /// # Safety
-/// Tiles must be configured for 16 rows throughout, and there must be `steps` of them in each of `a`
+/// Tiles must be configured, and there must be `steps` of them in each of `a`
 /// and `b`.
 #[inline]
 unsafe fn multiply<const ADD: bool>(

@@ -9,7 +9,7 @@ use crate::{
     ops::Heads,
     pack::PackedMatrix,
     pool::Shared,
-    rows::QuantizedRows,
+    rows::{Intermediate, QuantizedRows},
     scalar::{self, K_ALIGN, LANES, Place, TileHeads},
 };
 
@@ -47,24 +47,27 @@ struct Block<'a> {
 
 impl Block<'_> {
     /// Calls `finish(row, numbers)` for the outputs of every row, 16 of each panel: `sum · row scale ·
-    /// scale + bias`, rounded after each step as [`crate::scalar::matmul`] does.
+    /// scale + bias`, rounded after each step as [`crate::scalar::matmul`] does, or in the end when `FUSED`.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn for_rows(&self, mut finish: impl FnMut(usize, [__m512; PAIR])) {
+    fn for_rows<const FUSED: bool>(&self, mut finish: impl FnMut(usize, [__m512; PAIR])) {
         let (x, w) = (self.product.x, self.product.w);
         // SAFETY: panels have 16 scales and biases.
         let load = |numbers: &[f32; LANES]| unsafe { _mm512_loadu_ps(numbers.as_ptr()) };
         let (scales, biases) =
             (self.panels.map(|p| load(w.scales(p))), self.panels.map(|p| load(w.bias(p))));
-        let factors = x.scales[self.rows.clone()].iter().zip(&x.offsets[self.rows.clone()]);
-        for (r, (sums, (scale, offset))) in self.sums.0.iter().zip(factors).enumerate() {
-            let (row_scale, offset) = (_mm512_set1_ps(*scale), _mm512_set1_epi32(*offset));
+        let row_scales = &x.scales[self.rows.clone()];
+        for (r, (sums, scale)) in self.sums.0.iter().zip(row_scales).enumerate() {
+            let row_scale = _mm512_set1_ps(*scale);
             let numbers = std::array::from_fn(|p| {
                 // SAFETY: there are 16 sums.
                 let sum = unsafe { _mm512_loadu_si512(sums[p].as_ptr().cast()) };
-                let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, offset));
-                let product = _mm512_mul_ps(_mm512_mul_ps(sum, row_scale), scales[p]);
-                _mm512_add_ps(product, biases[p])
+                let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), row_scale);
+                if FUSED {
+                    _mm512_fmadd_ps(sum, scales[p], biases[p])
+                } else {
+                    _mm512_add_ps(_mm512_mul_ps(sum, scales[p]), biases[p])
+                }
             });
             finish(self.rows.start + r, numbers);
         }
@@ -105,6 +108,7 @@ fn for_blocks_in(
     if rows.is_empty() {
         return;
     }
+    assert!(rows.start.is_multiple_of(ROWS), "products begin with a tile");
     let stride = x.stride();
     let steps = stride / K_ALIGN;
     // A single block of rows reads panels only once: nothing needs to stay.
@@ -113,7 +117,7 @@ fn for_blocks_in(
     let lines = LINES_PER_STEP.div_ceil(rows.len().div_ceil(BLOCK_ROWS));
     let all = w.panel_range(panels.clone());
     // SAFETY: this file's kernels are handed out where AMX is available.
-    let mut tiles = unsafe { Tiles::new(ROWS.min(rows.len()), ROWS) };
+    let tiles = unsafe { Tiles::new() };
     for (i, panels) in pairs.enumerate() {
         let bytes = panels.map(|panel| w.panel(panel));
         // What follows is another task's; in place of it come lines that are here already.
@@ -125,12 +129,10 @@ fn for_blocks_in(
                 let blocks = (group..rows.end).step_by(BLOCK_ROWS);
                 for (row, sums) in blocks.zip(&mut *sums) {
                     let rows = row..rows.end.min(row + BLOCK_ROWS);
-                    let upper = ROWS.min(rows.len());
-                    tiles.reshape(upper, rows.len() - upper);
-                    let left = &x.data[row * stride..rows.end * stride];
-                    let operands =
-                        Operands { left, upper, stride, panels: bytes, steps: step..end };
-                    // SAFETY: tiles are configured for as many rows.
+                    let upper = x.tile(row);
+                    let lower = (rows.len() > ROWS).then(|| x.tile(row + ROWS));
+                    let operands = Operands { upper, lower, panels: bytes, steps: step..end };
+                    // SAFETY: tiles are configured.
                     unsafe { multiply(&operands, &mut fetch, sums) };
                     if end == steps {
                         finish(&Block { product, rows, panels, sums });
@@ -139,6 +141,7 @@ fn for_blocks_in(
             }
         }
     }
+    drop(tiles);
 }
 
 /// Cache lines of a pair of panels that a step of 64 inputs reads.
@@ -153,11 +156,9 @@ struct Fetch {
 
 /// What a block multiplies.
 struct Operands<'a> {
-    /// Rows, the first `upper` of them in one tile and the others in a second.
-    left: &'a [i8],
-    upper: usize,
-    /// Bytes of a row.
-    stride: usize,
+    /// A tile of rows, and a second one if there is any.
+    upper: &'a [i8],
+    lower: Option<&'a [i8]>,
     /// Panels as wide as the rows.
     panels: [&'a [u8]; PAIR],
     /// The part of their width, in steps of 64 inputs.
@@ -167,7 +168,7 @@ struct Operands<'a> {
 /// Sums of a block, or of its part that begins at the first step; later parts are added to them.
 ///
 /// # Safety
-/// Tiles must be configured for the rows.
+/// Tiles must be configured.
 #[inline]
 unsafe fn multiply(operands: &Operands<'_>, fetch: &mut Fetch, sums: &mut Sums) {
     // SAFETY: this function's contract.
@@ -191,104 +192,93 @@ unsafe fn multiply_steps<const LINES: usize>(
     fetch: &mut Fetch,
     sums: &mut Sums,
 ) {
-    let Operands { left, upper, stride, panels, ref steps } = *operands;
-    let upper_rows = left[steps.start * K_ALIGN..].as_ptr();
-    let lower = &left[upper * stride..];
-    let lower_rows = (!lower.is_empty()).then(|| lower[steps.start * K_ALIGN..].as_ptr());
-    let [first, second] = panels.map(|panel| panel[steps.start * LANES * K_ALIGN..].as_ptr());
-    assert!(steps.start < steps.end && steps.end * K_ALIGN <= stride);
+    let Operands { upper, lower, panels, ref steps } = *operands;
+    assert!(steps.start < steps.end && steps.end * ROWS * K_ALIGN <= upper.len());
+    // A step is a tile of rows, and as much of a panel.
+    let start = steps.start * ROWS * K_ALIGN;
+    let [first, second] = panels.map(|panel| panel[start..].as_ptr());
+    let (upper, lower) = (upper[start..].as_ptr(), lower.map(|lower| lower[start..].as_ptr()));
     let later = usize::from(steps.start > 0);
+    // The loop over steps: what is done with the upper rows, and with the lower ones after each step.
+    macro_rules! call {
+        (
+            load: $($load:literal)*;
+            zero: $($zero:literal)*;
+            step: $($step:literal)*;
+            store: $($store:literal)*;
+            $($operand:tt)*
+        ) => {
+            tile_asm!(
+                "test {later}, {later}",
+                "jz 2f",
+                $($load,)*
+                "jmp 3f",
+                "2:",
+                $($zero,)*
+                "3:",
+                "tileloadd tmm4, [{upper} + {line}]",
+                "tileloadd tmm6, [{first} + {line}]",
+                "tileloadd tmm7, [{second} + {line}]",
+                $($step,)*
+                ".rept {lines}",
+                "prefetcht1 [{fetch}]",
+                "add {fetch}, 64",
+                ".endr",
+                "add {upper}, 1024",
+                "add {first}, 1024",
+                "add {second}, 1024",
+                "dec {steps}",
+                "jnz 3b",
+                $($store,)*;
+                lines = const LINES,
+                later = in(reg) later,
+                upper = inout(reg) upper => _,
+                first = inout(reg) first => _,
+                second = inout(reg) second => _,
+                line = in(reg) ROW_BYTES,
+                sums_line = in(reg) PAIR * ROW_BYTES,
+                fetch = inout(reg) fetch.next,
+                steps = inout(reg) steps.len() => _,
+                sums = in(reg) sums.0.as_mut_ptr(),
+                $($operand)*
+            )
+        };
+    }
     // SAFETY: steps of rows and panels are whole; this function's contract; a prefetch of any address
     // is harmless.
     unsafe {
-        if let Some(lower_rows) = lower_rows {
-            tile_asm!(
-                "test {later}, {later}",
-                "jz 2f",
-                "tileloadd tmm0, [{sums} + {sums_line}]",
-                "tileloadd tmm1, [{sums} + {sums_line} + 64]",
-                "tileloadd tmm2, [{sums} + {sums_line} + 2048]",
-                "tileloadd tmm3, [{sums} + {sums_line} + 2112]",
-                "jmp 3f",
-                "2:",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "3:",
-                "tileloadd tmm4, [{upper} + {stride}]",
-                "tileloadd tmm6, [{first} + {line}]",
-                "tileloadd tmm7, [{second} + {line}]",
-                "tileloadd tmm5, [{lower} + {stride}]",
-                "tdpbsud tmm0, tmm4, tmm6",
-                "tdpbsud tmm1, tmm4, tmm7",
-                "tdpbsud tmm2, tmm5, tmm6",
-                "tdpbsud tmm3, tmm5, tmm7",
-                ".rept {lines}",
-                "prefetcht1 [{fetch}]",
-                "add {fetch}, 64",
-                ".endr",
-                "add {upper}, 64",
-                "add {lower}, 64",
-                "add {first}, 1024",
-                "add {second}, 1024",
-                "dec {steps}",
-                "jnz 3b",
-                "tilestored [{sums} + {sums_line}], tmm0",
-                "tilestored [{sums} + {sums_line} + 64], tmm1",
-                "tilestored [{sums} + {sums_line} + 2048], tmm2",
-                "tilestored [{sums} + {sums_line} + 2112], tmm3",;
-                lines = const LINES,
-                later = in(reg) later,
-                upper = inout(reg) upper_rows => _,
-                lower = inout(reg) lower_rows => _,
-                stride = in(reg) stride,
-                first = inout(reg) first => _,
-                second = inout(reg) second => _,
-                line = in(reg) ROW_BYTES,
-                sums_line = in(reg) PAIR * ROW_BYTES,
-                fetch = inout(reg) fetch.next,
-                steps = inout(reg) steps.len() => _,
-                sums = in(reg) sums.0.as_mut_ptr(),
+        if let Some(lower) = lower {
+            call!(
+                load:
+                    "tileloadd tmm0, [{sums} + {sums_line}]"
+                    "tileloadd tmm1, [{sums} + {sums_line} + 64]"
+                    "tileloadd tmm2, [{sums} + {sums_line} + 2048]"
+                    "tileloadd tmm3, [{sums} + {sums_line} + 2112]";
+                zero: "tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3";
+                step:
+                    "tileloadd tmm5, [{lower} + {line}]"
+                    "add {lower}, 1024"
+                    "tdpbssd tmm0, tmm4, tmm6"
+                    "tdpbssd tmm1, tmm4, tmm7"
+                    "tdpbssd tmm2, tmm5, tmm6"
+                    "tdpbssd tmm3, tmm5, tmm7";
+                store:
+                    "tilestored [{sums} + {sums_line}], tmm0"
+                    "tilestored [{sums} + {sums_line} + 64], tmm1"
+                    "tilestored [{sums} + {sums_line} + 2048], tmm2"
+                    "tilestored [{sums} + {sums_line} + 2112], tmm3";
+                lower = inout(reg) lower => _,
             );
         } else {
-            tile_asm!(
-                "test {later}, {later}",
-                "jz 2f",
-                "tileloadd tmm0, [{sums} + {sums_line}]",
-                "tileloadd tmm1, [{sums} + {sums_line} + 64]",
-                "jmp 3f",
-                "2:",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "3:",
-                "tileloadd tmm4, [{upper} + {stride}]",
-                "tileloadd tmm6, [{first} + {line}]",
-                "tdpbsud tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{second} + {line}]",
-                "tdpbsud tmm1, tmm4, tmm7",
-                ".rept {lines}",
-                "prefetcht1 [{fetch}]",
-                "add {fetch}, 64",
-                ".endr",
-                "add {upper}, 64",
-                "add {first}, 1024",
-                "add {second}, 1024",
-                "dec {steps}",
-                "jnz 3b",
-                "tilestored [{sums} + {sums_line}], tmm0",
-                "tilestored [{sums} + {sums_line} + 64], tmm1",;
-                lines = const LINES,
-                later = in(reg) later,
-                upper = inout(reg) upper_rows => _,
-                stride = in(reg) stride,
-                first = inout(reg) first => _,
-                second = inout(reg) second => _,
-                line = in(reg) ROW_BYTES,
-                sums_line = in(reg) PAIR * ROW_BYTES,
-                fetch = inout(reg) fetch.next,
-                steps = inout(reg) steps.len() => _,
-                sums = in(reg) sums.0.as_mut_ptr(),
+            call!(
+                load:
+                    "tileloadd tmm0, [{sums} + {sums_line}]"
+                    "tileloadd tmm1, [{sums} + {sums_line} + 64]";
+                zero: "tilezero tmm0" "tilezero tmm1";
+                step: "tdpbssd tmm0, tmm4, tmm6" "tdpbssd tmm1, tmm4, tmm7";
+                store:
+                    "tilestored [{sums} + {sums_line}], tmm0"
+                    "tilestored [{sums} + {sums_line} + 64], tmm1";
             );
         }
     }
@@ -306,7 +296,7 @@ pub(super) fn matmul(
     let (first_row, first_panel, columns) = (rows.start, panels.start, panels.len() * LANES);
     let pairs = neighbours(panels.clone());
     for_blocks(&Product { x, rows, w, panels }, pairs, PAIR, |block| {
-        block.for_rows(|row, numbers| {
+        block.for_rows::<false>(|row, numbers| {
             for (panel, x) in block.panels.into_iter().zip(numbers) {
                 let first = (row - first_row) * columns + (panel - first_panel) * LANES;
                 // SAFETY: the slice has 16 numbers.
@@ -330,7 +320,7 @@ pub(super) unsafe fn linear<const ADD: bool>(
         let [first, second] = block.panels.map(|panel| panel * LANES);
         let len = (second + LANES).min(width) - first;
         let masks = [lanes_mask(len), lanes_mask(len.saturating_sub(LANES))];
-        block.for_rows(|row, numbers| {
+        block.for_rows::<false>(|row, numbers| {
             // SAFETY: this function's contract; the masks leave the `len` numbers of the range.
             unsafe {
                 let out = out.range(row * width + first, len).as_mut_ptr();
@@ -351,37 +341,31 @@ fn lanes_mask(len: usize) -> __mmask16 {
     ((1_u32 << len.min(LANES)) - 1) as __mmask16
 }
 
-/// `SiLU(gate) · up` for panels of gates and ups in turn; rows of `width` numbers.
+/// `SiLU(gate) · up` for panels of gates and ups in turn, into [tiles](Intermediate) of rows of `width` numbers.
 ///
 /// # Safety
 /// As [`linear`].
-#[target_feature(enable = "avx512f,avx512dq")]
-pub(super) unsafe fn gate_up(product: &Product<'_>, width: usize, out: &Shared<f32>) {
+#[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
+pub(super) unsafe fn gate_up(product: &Product<'_>, width: usize, out: &Shared<u16>) {
     for_blocks(product, neighbours(product.panels.clone()), PAIR, |block| {
         let first = block.panels[0] / 2 * LANES;
-        let len = LANES.min(width - first);
-        let mask = lanes_mask(len);
-        block.for_rows(|row, [gate, up]| {
-            // SAFETY: as above.
+        block.for_rows::<true>(|row, [gate, up]| {
+            // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
             unsafe {
-                let out = out.range(row * width + first, len).as_mut_ptr();
-                _mm512_mask_storeu_ps(out, mask, silu_mul(gate, up));
+                let out = out.range(Intermediate::place(width, row, first), LANES);
+                let words: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(silu_mul(gate, up)));
+                _mm256_storeu_si256(out.as_mut_ptr().cast(), words);
             }
         });
     });
 }
 
-/// `SiLU(gate) · up` within a part in 9,000.
+/// `SiLU(gate) · up` within a part in 6,000.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
 fn silu_mul(gate: __m512, up: __m512) -> __m512 {
-    let x = _mm512_mul_ps(gate, _mm512_set1_ps(-std::f32::consts::LOG2_E));
-    // The bound comes first, so that NaN passes.
-    let exp = super::exp2(_mm512_min_ps(_mm512_set1_ps(100.0), x));
-    let below = _mm512_add_ps(_mm512_set1_ps(1.0), exp);
-    // One step of Newton's from 14 bits.
-    let inverse = _mm512_rcp14_ps(below);
-    let inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(below, inverse, _mm512_set1_ps(2.0)));
+    let exp = super::exp2(_mm512_mul_ps(gate, _mm512_set1_ps(-std::f32::consts::LOG2_E)));
+    let inverse = _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0), exp));
     _mm512_mul_ps(_mm512_mul_ps(gate, up), inverse)
 }
 
@@ -410,7 +394,7 @@ pub(super) unsafe fn qkv(product: &Product<'_>, heads: &Heads, angles: &[f32], o
         let (head, place) = (block.panels[0] / panels, block.panels[0] % panels * LANES);
         let scale = heads.scale(head);
         let start = Projection::place(heads, 0, head) + place;
-        block.for_rows(|row, [a, b]| {
+        block.for_rows::<true>(|row, [a, b]| {
             let (mut low, mut high) = (a, b);
             // SAFETY: this function's contract; half a head has 16 numbers and angles from `place` on.
             unsafe {

@@ -17,45 +17,26 @@ struct Configuration {
     rows: [u8; 16],
 }
 
-/// The tile registers of this thread, configured: four sums in 0 to 3, operands in 4 to 7.
-pub(super) struct Tiles {
-    heights: (usize, usize),
-}
+/// The tile registers of this thread, configured as eight of full size.
+pub(super) struct Tiles(());
 
 impl Tiles {
-    /// Tiles for the product of `upper` and `lower` rows with two tiles of columns.
+    /// Configures them.
     ///
     /// # Safety
     /// [`super::is_available`] must have said so.
-    pub(super) unsafe fn new(upper: usize, lower: usize) -> Self {
-        let tiles = Self { heights: (upper, lower) };
-        tiles.configure();
-        tiles
-    }
-
-    /// Changes the numbers of rows.
-    pub(super) fn reshape(&mut self, upper: usize, lower: usize) {
-        if self.heights != (upper, lower) {
-            self.heights = (upper, lower);
-            self.configure();
-        }
-    }
-
-    fn configure(&self) {
-        // A tile without rows is not allowed: where there are no lower rows, nobody uses theirs.
-        let (upper, lower) = (self.heights.0 as u8, self.heights.1.max(1) as u8);
-        let all = ROWS as u8;
-        let mut rows = [0; 16];
-        rows[..8].copy_from_slice(&[upper, upper, lower, lower, upper, lower, all, all]);
-        let mut row_bytes = [0; 16];
+    pub(super) unsafe fn new() -> Self {
+        let (mut rows, mut row_bytes) = ([0; 16], [0; 16]);
+        rows[..8].fill(ROWS as u8);
         row_bytes[..8].fill(ROW_BYTES as u16);
         let configuration =
             Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
-        // SAFETY: AMX is available, since `new` demands it; the palette has eight tiles of up to 16
-        // rows of 64 bytes. No Rust code uses tiles.
+        // SAFETY: AMX is available, by this function's contract; the palette has eight tiles of up to
+        // 16 rows of 64 bytes. No Rust code uses tiles.
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly));
         }
+        Self(())
     }
 }
 
