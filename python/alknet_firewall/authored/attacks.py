@@ -16,24 +16,6 @@ __all__ = ["attack_in_document", "attack_in_paste", "direct", "disguised", "fore
 # Stands for a pasted text while its frame is drawn, so that both of a pair get the same frame.
 _PASTED = "\ue001"
 
-# What an English writer calls the languages.
-_TONGUES: dict[str, str] = {
-    "ar": "Arabic",
-    "de": "German",
-    "es": "Spanish",
-    "fr": "French",
-    "hi": "Hindi",
-    "it": "Italian",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "nl": "Dutch",
-    "pl": "Polish",
-    "pt": "Portuguese",
-    "ru": "Russian",
-    "tr": "Turkish",
-    "zh": "Chinese",
-}
-
 # Families a stranger slips into a document, with their weights. Sections of the same name unless
 # `_SECTIONS` says otherwise.
 _PLANTED: dict[str, float] = {
@@ -104,26 +86,6 @@ _SECTIONS: dict[str, str] = {
     "fresh_start": "override.fresh",
 }
 
-# Where what is typed has more to draw from than what is planted in a document.
-_TYPED: dict[str, str] = {
-    "instruction_override": "typed.override",
-    "fake_turn": "typed.turn",
-    "refusal_suppression": "typed.nohelp",
-    "memory_poisoning": "typed.memory",
-    "conditional_trigger": "typed.conditional",
-    "persuasion": "typed.persuasion",
-    "payload_splitting": "typed.split",
-    "roleplay": "typed.roleplay",
-    "hypothetical": "typed.hypothetical",
-    "fiction": "typed.fiction",
-    "multi_turn": "typed.turns",
-    "terse_order": "typed.terse",
-    "direct_extraction": "typed.direct",
-    "indirect_extraction": "typed.indirect",
-    "pretext_extraction": "typed.pretext",
-    "secret_extraction": "typed.secret",
-}
-
 _KINDS: dict[str, Kind] = {
     "roleplay": "jailbreak",
     "opposite_day": "jailbreak",
@@ -135,12 +97,11 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def attack(family: str, grammar: Grammar, dice: Dice, typed: bool = False) -> str:
+def attack(family: str, grammar: Grammar, dice: Dice) -> str:
     """One attack of a family, in one of the registers people write in."""
     if family in _FRAMED:
         return register(_framed(_FRAMED[family], grammar, dice), dice)
-    sections = _SECTIONS | _TYPED if typed else _SECTIONS
-    return register(grammar.draw(sections[family], dice), dice)
+    return register(grammar.draw(_SECTIONS[family], dice), dice)
 
 
 def _framed(section: str, grammar: Grammar, dice: Dice) -> str:
@@ -221,7 +182,7 @@ def direct(families: list[str]) -> Callable[[Grammar, Dice], list[Draft]]:
     def write_one(grammar: Grammar, dice: Dice) -> list[Draft]:
         family = dice.pick(families)
         kind = _KINDS.get(family, "direct_injection")
-        return [Draft(attack(family, grammar, dice, typed=True), kind, family, "user")]
+        return [Draft(attack(family, grammar, dice), kind, family, "user")]
 
     return write_one
 
@@ -247,7 +208,6 @@ def foreign(grammar: Grammar, dice: Dice) -> list[Draft]:
         return [Draft(override, "direct_injection", "foreign_language", "user", lang)]
     order = _foreign_order(lang, grammar, dice)
     if form == "switched":
-        order = grammar.draw("switched", dice, bind(foreign=order, tongue=_TONGUES[lang]))
         return _pair(
             CARRIERS[dice.pick(["email", "page", "prose", "html", "issue", "review"])],
             "code_switched", [order], grammar, dice,

@@ -51,7 +51,7 @@ _ATTACKS = (
     Group("office_injections", 2.0, attacks.attack_in_document(_OFFICE)),
     Group("household_injections", 1.0, attacks.attack_in_document(_HOUSEHOLD)),
     Group("pasted_injections", 1.0, attacks.attack_in_paste),
-    Group("foreign_injections", 2.2, attacks.foreign),
+    Group("foreign_injections", 1.5, attacks.foreign),
     Group("ciphers", 0.5, attacks.disguised),
     Group(
         "overrides",
@@ -114,7 +114,7 @@ _BENIGN = (
     ),
     Group(
         "notorious_requests",
-        0.8,
+        0.2,
         benign.section("trigger.request", "notorious_words", "user", "hard_benign", typed=True),
     ),
     Group("orders_to_people", 1.7, benign.section("people", "orders_to_people", "document")),
@@ -132,7 +132,7 @@ _BENIGN = (
     ),
     Group("exercises", 0.6, benign.section("maths", "mathematics", "user")),
     Group("code", 0.8, benign.technical),
-    Group("machine_made", 0.9, machine.machine_made),
+    Group("machine_made", 0.35, machine.machine_made),
     Group("chatter", 0.6, benign.section("chatter", "chatter", "user", typed=True)),
     Group("documents", 1.0, benign.documents),
     Group("prose", 0.5, benign.prose),

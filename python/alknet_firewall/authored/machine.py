@@ -9,7 +9,6 @@ import base64
 
 from .dice import Dice
 from .grammar import Grammar
-from .records import RECORDS
 from .rows import Draft, Origin
 
 __all__ = ["machine_made"]
@@ -32,15 +31,14 @@ _HOSTS = ("cdn.example.com", "static.example.org", "files.example.net", "img.exa
 def machine_made(grammar: Grammar, dice: Dice) -> list[Draft]:
     """Such strings alone, a list of them, or one amid ordinary sentences."""
     origin: Origin = dice.pick(["document", "document", "user"])
-    if dice.chance(0.6):
-        text = dice.pick(RECORDS)(dice)
-        form = dice.pick(["alone", "prose"])
+    write = dice.pick(_WRITERS)
+    form = dice.pick(["alone", "list", "prose", "prose"])
+    if form == "alone":
+        text = write(dice)
+    elif form == "list":
+        text = "\n".join(write(dice) for _ in range(dice.between(2, 8)))
     else:
-        write = dice.pick(_WRITERS)
-        form = dice.pick(["alone", "list", "prose", "prose"])
-        text = "\n".join(write(dice) for _ in range(dice.between(2, 8) if form == "list" else 1))
-    if form == "prose":
-        text = _in_prose(text, origin, grammar, dice)
+        text = _in_prose(write(dice), origin, grammar, dice)
     return [Draft(text, "hard_benign", "machine_made", origin)]
 
 

@@ -14,17 +14,7 @@ __all__ = ["LANGUAGES", "phrases"]
 LANGUAGES = ("ar", "de", "es", "fr", "hi", "it", "ja", "ko", "nl", "pl", "pt", "ru", "tr", "zh")
 
 # What the code supplies: the parts of documents, and what goes into frames and wrappers.
-_BOUND = (
-    "here",
-    "body",
-    "payload",
-    "hidden",
-    "cipher",
-    "pasted",
-    "instruction",
-    "foreign",
-    "tongue",
-)
+_BOUND = ("here", "body", "payload", "hidden", "cipher", "pasted", "instruction")
 
 
 @cache

@@ -2,11 +2,11 @@
 
 The statistics come from benign sources that were left out when the directions that gave them were
 fitted, so that a p-value speaks of text from a source never seen. Sources weigh alike; kinds of
-text that were written for this project, most of them to resemble attacks, weigh half as much.
+text that were written for this project, most of them to resemble attacks, weigh less.
 
 The last length class is also that of every segment of a long document, which may be about many
 things: the long texts of a corpus mostly stay with one. Half of its weight is therefore that of
-documents joined at random until they are as long.
+documents joined at random until they are as long, if there are documents.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TAIL_FROM = 0.05
 _TAIL_LEVELS = np.array([0.02, 0.01, 0.003, 0.001, 0.0001])
 
 # Weight of a kind of text that was written for this project, beside a public source's.
-_AUTHORED_WEIGHT = 0.5
+_AUTHORED_WEIGHT = 0.6
 
 # Weight of joined documents in the last class.
 _JOINED_SHARE = 0.5
@@ -79,10 +79,8 @@ def null_splines(
         The texts: where each comes from, and whether it is a document.
     """
     classes = length_class(n_tokens)
-    # What users write is joined only where there is nothing else.
     documents = np.array([row.origin != "user" for row in rows])
-    parts = documents if documents.any() else ~documents
-    both = joined(statistics[parts], n_tokens[parts], LENGTH_CLASSES[-1])
+    both = joined(statistics[documents], n_tokens[documents], LENGTH_CLASSES[-1])
     knots, values = [], []
     for c in range(len(LENGTH_CLASSES)):
         reach = 0
