@@ -20,7 +20,7 @@ from .activations import Layout
 from .corpus import Row, sha256_of
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
 from .fit import FitOptions, Scorer, fit_scorer, pool, project
-from .null import LENGTH_CLASSES, component_cdf, null_splines
+from .null import LENGTH_CLASSES, component_cdf
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -136,8 +136,9 @@ def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
         raise InputError(
             f"the codebook has length classes {classes}, this library makes {LENGTH_CLASSES}"
         )
-    nulls = [null_splines(s, corpus.n_tokens, corpus.rows) for s in statistics]
-    novelty = null_splines(depth, corpus.n_tokens, corpus.rows)
+    every = np.arange(len(corpus.rows))
+    nulls = [corpus.null(s, every) for s in statistics]
+    novelty = corpus.null(depth, every)
     tensors["null_knots"] = np.stack([n[0] for n in nulls])
     tensors["null_values"] = np.stack([n[1] for n in nulls])
     tensors["novelty_knots"], tensors["novelty_values"] = novelty
@@ -213,8 +214,7 @@ def _nulls(corpus: Corpus, left_out: Array) -> dict[str, Array]:
     for origin in ORIGINS:
         texts = corpus.of_origin(origin)
         texts = texts[~corpus.attack[texts]]
-        rows = [corpus.rows[int(t)] for t in texts]
-        x, y = null_splines(left_out[texts], corpus.n_tokens[texts], rows)
+        x, y = corpus.null(left_out, texts)
         knots.append(x)
         values.append(y)
     return {"null_knots": np.stack(knots), "null_values": np.stack(values)}
@@ -227,8 +227,7 @@ def _novelty_null(corpus: Corpus, z: Array) -> dict[str, Array]:
         others = _distributions(corpus, z, np.flatnonzero(~held & ~corpus.attack))
         depth[held] = _largest(corpus, _depth(z, others))[held]
     benign = np.flatnonzero(~corpus.attack)
-    rows = [corpus.rows[int(t)] for t in benign]
-    knots, values = null_splines(depth[benign], corpus.n_tokens[benign], rows)
+    knots, values = corpus.null(depth, benign)
     return {"novelty_knots": knots, "novelty_values": values}
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .corpus import FOLDS, Row, is_authored
 from .fit import FitOptions, Moments, Windows, benign_moments, fit_scorer
+from .null import null_splines
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -66,6 +67,11 @@ class Corpus:
     @cached_property
     def _made(self) -> dict[int, tuple[Windows, dict[tuple[str, str], Moments]]]:
         return {}
+
+    def null(self, statistics: Array, texts: Ints) -> tuple[Array, Array]:
+        """`null_splines` of some benign texts, from the statistics of all, ``(n_texts,)``."""
+        rows = [self.rows[int(t)] for t in texts]
+        return null_splines(statistics[texts], self.n_tokens[texts], rows)
 
     def of_origin(self, origin: str | None) -> Ints:
         """Texts that could have this origin; all if it is None."""

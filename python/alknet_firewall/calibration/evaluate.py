@@ -18,7 +18,7 @@ from ..evaluation.intervals import wilson
 from .corpus import is_authored
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
 from .fit import FitOptions
-from .null import LENGTH_CLASSES, length_class, null_splines, pchip_linear_above
+from .null import LENGTH_CLASSES, length_class, pchip_linear_above
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -168,8 +168,7 @@ def _log_p(corpus: Corpus, logits: Array, own: Bools, folds: list[Bools]) -> Arr
     classes = length_class(corpus.n_tokens)
     for held in folds:
         null = np.flatnonzero(own & ~held & ~corpus.attack)
-        rows = [corpus.rows[int(t)] for t in null]
-        knots, values = null_splines(logits[null], corpus.n_tokens[null], rows)
+        knots, values = corpus.null(logits, null)
         for c in range(len(knots)):
             these = held & (classes == c)
             x[these] = pchip_linear_above(knots[c], values[c], logits[these])
