@@ -64,4 +64,4 @@ pub use keys::{KeyValues, NewPositions, Projection};
 pub use ops::{Engine, Extension, Heads, Pass, Segment};
 pub use pack::{MAX_INPUTS, MatrixSource, PackError, PackedMatrix, Widen, padded_outputs};
 pub use pool::{Pool, Turn};
-pub use rows::{Intermediate, QuantizedRows};
+pub use rows::{Intermediate, QuantizedRows, TILE_ROWS};

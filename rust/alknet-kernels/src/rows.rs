@@ -26,8 +26,8 @@ pub struct QuantizedRows {
     pub(crate) excess_len: Vec<u32>,
 }
 
-/// Rows of a tile of [`Intermediate`].
-pub(crate) const TILE_ROWS: usize = 16;
+/// Rows of a tile of [`Intermediate`]: those that one thread takes are best a multiple of it.
+pub const TILE_ROWS: usize = 16;
 
 /// Numbers of a row in a tile.
 pub(crate) const TILE_DEPTH: usize = 32;

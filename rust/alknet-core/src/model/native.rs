@@ -26,7 +26,7 @@ use std::{
 
 use alknet_kernels::{
     Engine, Extension, Heads, Intermediate, Isa, MAX_INPUTS, MatrixSource, PackError, PackedMatrix,
-    Pass, Projection, QuantizedRows, Segment, padded_outputs,
+    Pass, Projection, QuantizedRows, Segment, TILE_ROWS, padded_outputs,
 };
 
 use super::{
@@ -42,9 +42,6 @@ const CHUNK: usize = 512;
 
 /// Most of them that one thread takes through: what belongs to them stays in its core's caches.
 const ROWS_PER_THREAD: usize = 256;
-
-/// Parts of a chunk begin at multiples of so many rows, which fill the kernels' tiles.
-const ROW_UNIT: usize = 16;
 
 /// A loaded model. Immutable, apart from buffers that are kept for the next call.
 pub struct NativeBackend {
@@ -410,7 +407,7 @@ impl Backend for NativeBackend {
             let pass = self.engine.pass();
             let most = (ROWS_PER_THREAD * pass.parts(rest)).min(CHUNK);
             // Chunks of one size: a last one of few tokens would cost as much as many.
-            let len = rest.div_ceil(rest.div_ceil(most)).next_multiple_of(ROW_UNIT).min(rest);
+            let len = rest.div_ceil(rest.div_ceil(most)).next_multiple_of(TILE_ROWS).min(rest);
             let (pieces, end) = next_chunk(batch, start, len);
             let ends = part_ends(&pieces, pass.parts(len), self.cost());
             let parts = cut(pieces, &ends).into_iter();
@@ -456,7 +453,7 @@ fn part_ends(pieces: &[Piece], parts: usize, (fixed, per_key): (usize, usize)) -
     // Cost of all rows before each unit.
     let (mut sums, mut sum) = (Vec::new(), 0);
     for (row, cost) in costs.enumerate() {
-        if row % ROW_UNIT == 0 {
+        if row % TILE_ROWS == 0 {
             sums.push(sum);
         }
         sum += cost;
@@ -465,7 +462,7 @@ fn part_ends(pieces: &[Piece], parts: usize, (fixed, per_key): (usize, usize)) -
     let nearest = |share: usize| {
         let aim = sum / parts * share;
         let unit = (1..sums.len()).min_by_key(|unit| sums[*unit].abs_diff(aim));
-        unit.map_or(rows, |unit| unit * ROW_UNIT)
+        unit.map_or(rows, |unit| unit * TILE_ROWS)
     };
     let mut ends: Vec<_> = (1..parts).map(nearest).chain([rows]).collect();
     ends.dedup();

@@ -10,7 +10,7 @@ use std::{
 use alknet_kernels::Isa;
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::{CHUNK, NativeBackend, Piece, ROW_UNIT, cut, part_ends, reference};
+use super::{CHUNK, NativeBackend, Piece, TILE_ROWS, cut, part_ends, reference};
 use crate::{
     Result,
     model::{
@@ -224,12 +224,12 @@ fn parts_of_a_chunk_cost_the_same() {
             .iter()
             .flat_map(|piece| (piece.first..piece.first + piece.rows.len()).map(|p| 1000 + p))
             .collect();
-        let most = costs.iter().max().unwrap() * ROW_UNIT;
+        let most = costs.iter().max().unwrap() * TILE_ROWS;
         let ends = part_ends(&pieces, parts, cost);
         assert!(ends.len() <= parts && ends.last() == Some(&costs.len()));
         let starts = std::iter::once(0).chain(ends.iter().copied());
         for (start, end) in starts.zip(&ends) {
-            assert!(start < *end && start.is_multiple_of(ROW_UNIT));
+            assert!(start < *end && start.is_multiple_of(TILE_ROWS));
             let part: usize = costs[start..*end].iter().sum();
             assert!(part <= costs.iter().sum::<usize>() / parts + most, "{start}..{end}");
         }
