@@ -71,7 +71,7 @@ def compile_codebook(
     left_out = cross_fit(corpus, options, progress=progress)
     scales, moments = corpus.scales(options), corpus.moments(options)
     every = np.arange(len(corpus.rows))
-    fitted = fit_scorer(scales, corpus.attack, corpus.groups, every, options, moments)
+    fitted = fit_scorer(scales, corpus.labels, every, options, moments)
     tensors = {"mean": fitted.mean, "components": fitted.components}
     z = project(fitted.mean, fitted.components, corpus.windows.x)
     behaviours = _behaviours(corpus)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .corpus import FOLDS, Row, is_authored
-from .fit import FitOptions, Moments, Windows, benign_moments, fit_scorer
+from .fit import FitOptions, Group, Labels, Moments, Windows, benign_moments, fit_scorer
 from .null import null_splines
 
 Array = npt.NDArray[np.float64]
@@ -45,27 +45,33 @@ class Corpus:
         return np.array([row.source for row in self.rows])
 
     @cached_property
-    def groups(self) -> list[tuple[str, str]]:
-        """(source, kind) of every text."""
-        return [(row.source, row.kind) for row in self.rows]
+    def labels(self) -> Labels:
+        """What the fit knows of the texts."""
+        groups = [(row.source, row.kind) for row in self.rows]
+        documents = frozenset(
+            group
+            for group, row in zip(groups, self.rows, strict=True)
+            if not row.attack and row.origin == "document" and not is_authored(row.source)
+        )
+        return Labels(self.attack, groups, documents)
 
     def scales(self, options: FitOptions) -> list[Windows]:
         """Runs of windows at every scale; made once."""
         return [self._scale(n)[0] for n in options.scales]
 
-    def moments(self, options: FitOptions) -> list[dict[tuple[str, str], Moments]]:
+    def moments(self, options: FitOptions) -> list[dict[Group, Moments]]:
         """Benign moments of every group at every scale; made once."""
         return [self._scale(n)[1] for n in options.scales]
 
-    def _scale(self, n: int) -> tuple[Windows, dict[tuple[str, str], Moments]]:
+    def _scale(self, n: int) -> tuple[Windows, dict[Group, Moments]]:
         if n not in self._made:
             runs = self.windows.runs(n)
             every = np.arange(len(self.rows))
-            self._made[n] = runs, benign_moments(runs, self.attack, self.groups, every)
+            self._made[n] = runs, benign_moments(runs, self.labels, every)
         return self._made[n]
 
     @cached_property
-    def _made(self) -> dict[int, tuple[Windows, dict[tuple[str, str], Moments]]]:
+    def _made(self) -> dict[int, tuple[Windows, dict[Group, Moments]]]:
         return {}
 
     def null(self, statistics: Array, texts: Ints) -> tuple[Array, Array]:
@@ -114,17 +120,16 @@ def cross_fit(
     """Largest logit of every text under directions fitted without its fold, ``(n_texts,)``."""
     folds = folds_of(corpus.rows)
     scales, moments = corpus.scales(options), corpus.moments(options)
-    attack, groups = corpus.attack, corpus.groups
     scores = np.full(len(corpus.rows), np.nan)
     for f, held in enumerate(folds):
         # The rows of authored groups that are left out must not show in the groups' moments either.
         split = set(corpus.sources[held]) & set(corpus.sources[~held])
         rest = np.flatnonzero(~held & np.isin(corpus.sources, sorted(split)))
         own = [
-            whole | benign_moments(scale, attack, groups, rest)
+            whole | benign_moments(scale, corpus.labels, rest)
             for scale, whole in zip(scales, moments, strict=True)
         ]
-        scorer = fit_scorer(scales, attack, groups, np.flatnonzero(~held), options, own)
+        scorer = fit_scorer(scales, corpus.labels, np.flatnonzero(~held), options, own)
         scores[held] = scorer.largest(corpus.windows, np.flatnonzero(held))
         if progress:
             progress("cross-fit", f + 1, len(folds))

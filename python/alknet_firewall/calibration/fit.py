@@ -6,7 +6,7 @@ weighted sum of those of its largest run of every scale. An order of few words s
 longer one in a longer run.
 
 Each is made so: (1) μ and a scale per dimension from benign windows, sources weighing alike;
-(2) positives: every window of the attack texts at first, then in every attack text its best window
+(2) positives: every window of the attack texts at first, then in every attack text its best windows
 under the current model (multiple-instance learning: only part of an injected document is an
 injection); (3) covariance within sources, of benign and of positive windows, averaged over (source,
 kind) and shrunk to its mean variance, whitens; (4) one row per (source, kind), the mean whitened
@@ -14,13 +14,17 @@ positive window; the right singular vectors of these rows, each scaled by its si
 ridge logistic regression on the projections, classes balanced, sources weighing 1/√n, so that a
 vector on which few groups agree takes part little; (6) again from (2).
 
+Groups of public documents weigh more in (1), (3) and (5): they are few, no two are alike, and what
+reads like an order to a model must stand out from them.
+
 The components are the first singular vectors of the windows, then what their model has outside
 them, and last the model of each longer scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +38,22 @@ Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-__all__ = ["FitOptions", "Moments", "Scorer", "Windows", "benign_moments", "fit_scorer", "pool"]
+Group = tuple[str, str]
+
+# Windows chosen from texts: the text, and the rows of its windows.
+_Chosen = list[tuple[int, Ints]]
+
+__all__ = [
+    "FitOptions",
+    "Group",
+    "Labels",
+    "Moments",
+    "Scorer",
+    "Windows",
+    "benign_moments",
+    "fit_scorer",
+    "pool",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +69,37 @@ class FitOptions:
     rounds: int = 3
     # Of the regression: half of this times the squared weights is added to the mean loss.
     ridge: float = 1e-3
+    # How much a group of public documents counts beside another.
+    document_weight: float = 3.0
+    # The most alarming windows of an attack that count as attacks, after the first round.
+    attack_windows: int = 3
     # Windows of one benign text that enter the regression, evenly spread over it.
     windows_per_text: int = 24
     # The most alarming windows of every benign text that enter it besides, after the first round.
     hard_windows: int = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What is known of the texts.
+
+    Attributes
+    ----------
+    attack : ndarray
+        Bool ``(n_texts,)``.
+    groups : sequence
+        (source, kind) of every text.
+    documents : frozenset
+        Groups of public documents.
+    """
+
+    attack: Bools
+    groups: Sequence[Group]
+    documents: frozenset[Group]
+
+    def of(self, texts: Ints) -> list[Group]:
+        """(source, kind) of some texts."""
+        return [self.groups[int(t)] for t in texts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,24 +261,21 @@ def pool(terms: Array, lengths: Ints, scales: Sequence[int]) -> Array:
     return largest
 
 
-def benign_moments(
-    windows: Windows, attack: Bools, groups: Sequence[tuple[str, str]], texts: Ints
-) -> dict[tuple[str, str], Moments]:
+def benign_moments(windows: Windows, labels: Labels, texts: Ints) -> dict[Group, Moments]:
     """Moments of the benign windows of every (source, kind) among some texts."""
-    own: dict[tuple[str, str], list[int]] = {}
+    own: dict[Group, list[int]] = {}
     for t in texts:
-        if not attack[t]:
-            own.setdefault(groups[t], []).append(int(t))
+        if not labels.attack[t]:
+            own.setdefault(labels.groups[t], []).append(int(t))
     return {g: Moments.of(windows.x[windows.rows(np.array(ts))]) for g, ts in own.items()}
 
 
 def fit_scorer(
     scales: Sequence[Windows],
-    attack: Bools,
-    groups: Sequence[tuple[str, str]],
+    labels: Labels,
     texts: Ints,
     options: FitOptions,
-    moments: Sequence[dict[tuple[str, str], Moments]],
+    moments: Sequence[Mapping[Group, Moments]],
 ) -> Scorer:
     """Fit a model at every scale on some texts and put them together.
 
@@ -245,7 +288,7 @@ def fit_scorer(
     """
     sizes = [options.n_components - len(scales) + 1, *[1] * (len(scales) - 1)]
     models = [
-        _fit(scale, attack, groups, texts, replace(options, n_components=n), own)
+        _fit(scale, labels, texts, replace(options, n_components=n), own)
         for scale, n, own in zip(scales, sizes, moments, strict=True)
     ]
     mean = models[0].mean
@@ -267,49 +310,56 @@ def fit_scorer(
 
 def _fit(
     windows: Windows,
-    attack: Bools,
-    groups: Sequence[tuple[str, str]],
+    labels: Labels,
     texts: Ints,
     options: FitOptions,
-    moments: dict[tuple[str, str], Moments],
+    moments: Mapping[Group, Moments],
 ) -> _Directions:
     """Fit one model on some texts."""
-    benign, attacks = texts[~attack[texts]], texts[attack[texts]]
-    own = [moments[g] for g in sorted({groups[t] for t in benign})]
-    mean = np.mean([m.mean for m in own], axis=0)
-    benign_covariance = np.mean([m.covariance for m in own], axis=0)
-    scale = np.sqrt(np.diag(benign_covariance)) + 1e-6
-
-    positives = [np.arange(windows.starts[t], windows.starts[t + 1]) for t in attacks]
-    negatives = _spread(windows, benign, options.windows_per_text)
-    negative_weights = _weights([groups[t] for t, rows in negatives for _ in rows])
-    negative_rows = np.concatenate([rows for _, rows in negatives])
+    attack = labels.attack[texts]
+    benign, attacks = texts[~attack], texts[attack]
+    mean, covariance = _benign_average(moments, set(labels.of(benign)), labels, options)
+    positives = _spread(windows, attacks, len(windows.x))
+    spread = _spread(windows, benign, options.windows_per_text)
+    hard: _Chosen = []
     fitted: _Directions | None = None
     for _ in range(options.rounds):
-        whiten = _whitener(windows, positives, attacks, groups, benign_covariance, scale, options)
-        vectors, values = _singular_vectors(windows, positives, attacks, groups, mean, whiten)
+        groups = _by_group(positives, labels)
+        whiten = _whitener(windows, groups, covariance, options)
+        vectors, values = _singular_vectors(windows, groups, mean, whiten)
         features = vectors * values[:, None] @ whiten
-        rows = np.concatenate([*positives, negative_rows])
-        labels = np.arange(len(rows)) < len(rows) - len(negative_rows)
-        owners = [groups[t] for t, own in zip(attacks, positives, strict=True) for _ in own]
-        weights = np.concatenate([_weights(owners), negative_weights])
-        weights *= np.where(labels, 0.5 / weights[labels].sum(), 0.5 / weights[~labels].sum())
+        chosen = [*positives, *spread, *hard]
+        rows = np.concatenate([rows for _, rows in chosen])
+        dangerous = np.arange(len(rows)) < sum(len(rows) for _, rows in positives)
+        weights = _weights([labels.groups[t] for t, rows in chosen for _ in rows], labels, options)
+        weights *= np.where(
+            dangerous, 0.5 / weights[dangerous].sum(), 0.5 / weights[~dangerous].sum()
+        )
         model = LogisticRegression(C=1 / options.ridge, tol=1e-5, max_iter=1000)
-        model.fit(project(mean, features, windows.x[rows]), labels, sample_weight=weights)
+        model.fit(project(mean, features, windows.x[rows]), dangerous, sample_weight=weights)
         components, along = _fold(vectors, model.coef_[0] * values, options.n_components)
         bias = float(model.intercept_[0])
         fitted = _Directions(mean, components @ whiten, along, bias).oriented()
-        positives = [rows for _, rows in _best(windows, attacks, fitted, 1)]
-        if options.hard_windows:
-            hard = _best(windows, benign, fitted, options.hard_windows)
-            both = negatives + hard
-            negative_rows = np.concatenate([rows for _, rows in both])
-            negative_weights = _weights([groups[t] for t, rows in both for _ in rows])
+        positives = _best(windows, attacks, fitted, options.attack_windows)
+        hard = _best(windows, benign, fitted, options.hard_windows)
     assert fitted is not None
     return fitted
 
 
-def _spread(windows: Windows, texts: Ints, most: int) -> list[tuple[int, Ints]]:
+def _benign_average(
+    moments: Mapping[Group, Moments], groups: Iterable[Group], labels: Labels, options: FitOptions
+) -> tuple[Array, Array]:
+    """Mean and covariance of benign windows: the average of some groups'."""
+    own = sorted(groups)
+    weights = [options.document_weight if g in labels.documents else 1.0 for g in own]
+    mean = np.average([moments[g].mean for g in own], axis=0, weights=weights)
+    shares = np.array(weights) / sum(weights)
+    # One after the other: a matrix of each at once would take gigabytes.
+    covariance = sum(share * moments[g].covariance for share, g in zip(shares, own, strict=True))
+    return mean, covariance
+
+
+def _spread(windows: Windows, texts: Ints, most: int) -> _Chosen:
     """At most ``most`` windows of every text, evenly spread."""
     chosen = []
     for t in texts:
@@ -319,7 +369,7 @@ def _spread(windows: Windows, texts: Ints, most: int) -> list[tuple[int, Ints]]:
     return chosen
 
 
-def _best(windows: Windows, texts: Ints, model: _Directions, n: int) -> list[tuple[int, Ints]]:
+def _best(windows: Windows, texts: Ints, model: _Directions, n: int) -> _Chosen:
     """The ``n`` windows of every text that score highest."""
     logits = model.logits(windows.x[windows.rows(texts)])
     chosen, end = [], 0
@@ -330,40 +380,32 @@ def _best(windows: Windows, texts: Ints, model: _Directions, n: int) -> list[tup
     return chosen
 
 
-def _weights(owners: Sequence[tuple[str, str]]) -> Array:
-    """Weight of every window, so that a group of n windows weighs √n in all."""
-    names, inverse, counts = np.unique(
-        ["\0".join(owner) for owner in owners], return_inverse=True, return_counts=True
-    )
-    del names
-    weights: Array = 1.0 / np.sqrt(counts[inverse])
-    return weights
+def _weights(owners: Sequence[Group], labels: Labels, options: FitOptions) -> Array:
+    """Weight of every window, so that a group of n windows weighs √n in all, documents more."""
+    of_group = {
+        group: (options.document_weight if group in labels.documents else 1.0) / np.sqrt(n)
+        for group, n in Counter(owners).items()
+    }
+    return np.array([of_group[owner] for owner in owners])
 
 
-def _by_group(
-    positives: list[Ints], attacks: Ints, groups: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], Ints]:
-    rows: dict[tuple[str, str], list[Ints]] = {}
-    for t, own in zip(attacks, positives, strict=True):
-        rows.setdefault(groups[t], []).append(own)
-    return {group: np.concatenate(own) for group, own in sorted(rows.items())}
+def _by_group(chosen: _Chosen, labels: Labels) -> list[Ints]:
+    """Rows of windows of every group, in the order of the groups' names."""
+    rows: dict[Group, list[Ints]] = {}
+    for t, own in chosen:
+        rows.setdefault(labels.groups[t], []).append(own)
+    return [np.concatenate(own) for _, own in sorted(rows.items())]
 
 
-def _whitener(
-    windows: Windows,
-    positives: list[Ints],
-    attacks: Ints,
-    groups: Sequence[tuple[str, str]],
-    benign_covariance: Array,
-    scale: Array,
-    options: FitOptions,
-) -> Array:
-    """Matrix W ``(width, width)`` that whitens: ``W @ x`` is uncorrelated within groups."""
-    own = [Moments.of(windows.x[rows]) for rows in _by_group(positives, attacks, groups).values()]
+def _whitener(windows: Windows, positives: list[Ints], benign: Array, options: FitOptions) -> Array:
+    """Matrix W ``(width, width)`` that whitens: ``W @ x`` is uncorrelated within groups.
+
+    Made of the covariance of ``benign`` windows and of the groups of ``positives``.
+    """
+    scale = np.sqrt(np.diag(benign)) + 1e-6
+    own = [Moments.of(windows.x[rows]) for rows in positives]
     enough = [m.covariance for m in own if m.n >= 8]
-    covariance = benign_covariance
-    if enough:
-        covariance = 0.5 * (benign_covariance + np.mean(enough, axis=0))
+    covariance = 0.5 * (benign + np.mean(enough, axis=0)) if enough else benign
     covariance = covariance / np.outer(scale, scale)
     mean_variance = np.trace(covariance) / len(covariance)
     shrunk = (1 - options.shrinkage) * covariance
@@ -374,12 +416,7 @@ def _whitener(
 
 
 def _singular_vectors(
-    windows: Windows,
-    positives: list[Ints],
-    attacks: Ints,
-    groups: Sequence[tuple[str, str]],
-    mean: Array,
-    whiten: Array,
+    windows: Windows, positives: list[Ints], mean: Array, whiten: Array
 ) -> tuple[Array, Array]:
     """Right singular vectors of the groups' mean whitened positive windows, and their values.
 
@@ -387,7 +424,7 @@ def _singular_vectors(
     """
     means = [
         windows.x[rows].astype(np.float32).mean(axis=0, dtype=np.float64) - mean
-        for rows in _by_group(positives, attacks, groups).values()
+        for rows in positives
     ]
     _, values, vectors = np.linalg.svd(np.stack(means) @ whiten.T, full_matrices=False)
     return vectors, values / values[0]
