@@ -14,9 +14,13 @@ from alknet_firewall.errors import ModelLoadError
 
 @pytest.fixture(autouse=True)
 def _clean_settings(monkeypatch, tmp_path):
-    """No ``ALKNET_*`` variables and no configuration file of the person who runs the tests."""
+    """No ``ALKNET_*`` variables and no configuration file of the person who runs the tests.
+
+    ``ALKNET_ISA`` stays: every test can be run on another instruction set.
+    """
     for variable in [name for name in os.environ if name.startswith("ALKNET_")]:
-        monkeypatch.delenv(variable)
+        if variable != "ALKNET_ISA":
+            monkeypatch.delenv(variable)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-configuration"))
 
 

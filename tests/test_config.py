@@ -23,6 +23,12 @@ def file(tmp_path, monkeypatch):
     return write
 
 
+@pytest.fixture(autouse=True)
+def _no_instruction_set(monkeypatch):
+    """The one variable that other tests keep is a setting here."""
+    monkeypatch.delenv("ALKNET_ISA", raising=False)
+
+
 def test_defaults():
     config = FirewallConfig.load()
     assert config == FirewallConfig()
