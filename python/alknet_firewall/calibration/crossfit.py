@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .corpus import FOLDS, Row, is_authored
-from .fit import FitOptions, Group, Labels, Moments, Windows, benign_moments, fit_scorer
+from .fit import FitOptions, Group, Labels, Moments, Windows, fit_scorer, group_moments
 from .null import null_splines
 
 Array = npt.NDArray[np.float64]
@@ -47,7 +47,7 @@ class Corpus:
     @cached_property
     def labels(self) -> Labels:
         """What the fit knows of the texts."""
-        groups = [(row.source, row.kind) for row in self.rows]
+        groups = [(row.source, row.kind, row.attack) for row in self.rows]
         documents = frozenset(
             group
             for group, row in zip(groups, self.rows, strict=True)
@@ -60,14 +60,14 @@ class Corpus:
         return [self._scale(n)[0] for n in options.scales]
 
     def moments(self, options: FitOptions) -> list[dict[Group, Moments]]:
-        """Benign moments of every group at every scale; made once."""
+        """Moments of every group at every scale; made once."""
         return [self._scale(n)[1] for n in options.scales]
 
     def _scale(self, n: int) -> tuple[Windows, dict[Group, Moments]]:
         if n not in self._made:
             runs = self.windows.runs(n)
             every = np.arange(len(self.rows))
-            self._made[n] = runs, benign_moments(runs, self.labels, every)
+            self._made[n] = runs, group_moments(runs, self.labels, every)
         return self._made[n]
 
     @cached_property
@@ -126,7 +126,7 @@ def cross_fit(
         split = set(corpus.sources[held]) & set(corpus.sources[~held])
         rest = np.flatnonzero(~held & np.isin(corpus.sources, sorted(split)))
         own = [
-            whole | benign_moments(scale, corpus.labels, rest)
+            whole | group_moments(scale, corpus.labels, rest)
             for scale, whole in zip(scales, moments, strict=True)
         ]
         scorer = fit_scorer(scales, corpus.labels, np.flatnonzero(~held), options, own)

@@ -14,8 +14,8 @@ positive window; the right singular vectors of these rows, each scaled by its si
 ridge logistic regression on the projections, classes balanced, sources weighing 1/√n, so that a
 vector on which few groups agree takes part little; (6) again from (2).
 
-Groups of public documents weigh more in (1), (3) and (5): they are few, no two are alike, and what
-reads like an order to a model must stand out from them.
+Groups of public documents weigh more in (1) and (3): they are few, no two are alike, and what reads
+like an order to a model must stand out from them.
 
 The components are the first singular vectors of the windows, then what their model has outside
 them, and last the model of each longer scale.
@@ -38,7 +38,8 @@ Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-Group = tuple[str, str]
+# Source and kind of texts, and whether they are attacks.
+Group = tuple[str, str, bool]
 
 # Windows chosen from texts: the text, and the rows of its windows.
 _Chosen = list[tuple[int, Ints]]
@@ -50,8 +51,8 @@ __all__ = [
     "Moments",
     "Scorer",
     "Windows",
-    "benign_moments",
     "fit_scorer",
+    "group_moments",
     "pool",
 ]
 
@@ -69,10 +70,10 @@ class FitOptions:
     rounds: int = 3
     # Of the regression: half of this times the squared weights is added to the mean loss.
     ridge: float = 1e-3
-    # How much a group of public documents counts beside another.
-    document_weight: float = 3.0
+    # How much a group of public documents counts, beside another, in mean and covariance.
+    document_weight: float = 2.0
     # The most alarming windows of an attack that count as attacks, after the first round.
-    attack_windows: int = 3
+    attack_windows: int = 2
     # Windows of one benign text that enter the regression, evenly spread over it.
     windows_per_text: int = 24
     # The most alarming windows of every benign text that enter it besides, after the first round.
@@ -88,7 +89,7 @@ class Labels:
     attack : ndarray
         Bool ``(n_texts,)``.
     groups : sequence
-        (source, kind) of every text.
+        Of every text.
     documents : frozenset
         Groups of public documents.
     """
@@ -98,7 +99,7 @@ class Labels:
     documents: frozenset[Group]
 
     def of(self, texts: Ints) -> list[Group]:
-        """(source, kind) of some texts."""
+        """Groups of some texts."""
         return [self.groups[int(t)] for t in texts]
 
 
@@ -140,7 +141,7 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Number, mean and covariance of the windows of one (source, kind)."""
+    """Number, mean and covariance of the windows of one group."""
 
     n: int
     mean: Array
@@ -261,12 +262,11 @@ def pool(terms: Array, lengths: Ints, scales: Sequence[int]) -> Array:
     return largest
 
 
-def benign_moments(windows: Windows, labels: Labels, texts: Ints) -> dict[Group, Moments]:
-    """Moments of the benign windows of every (source, kind) among some texts."""
+def group_moments(windows: Windows, labels: Labels, texts: Ints) -> dict[Group, Moments]:
+    """Moments of the windows of every group among some texts."""
     own: dict[Group, list[int]] = {}
     for t in texts:
-        if not labels.attack[t]:
-            own.setdefault(labels.groups[t], []).append(int(t))
+        own.setdefault(labels.groups[t], []).append(int(t))
     return {g: Moments.of(windows.x[windows.rows(np.array(ts))]) for g, ts in own.items()}
 
 
@@ -284,7 +284,7 @@ def fit_scorer(
     scales : sequence of Windows
         `Windows.runs` of every scale.
     moments : sequence of dict
-        Of each scale, `benign_moments` of every group among ``texts``.
+        Of each scale, `group_moments` of every group among ``texts``.
     """
     sizes = [options.n_components - len(scales) + 1, *[1] * (len(scales) - 1)]
     models = [
@@ -319,19 +319,23 @@ def _fit(
     attack = labels.attack[texts]
     benign, attacks = texts[~attack], texts[attack]
     mean, covariance = _benign_average(moments, set(labels.of(benign)), labels, options)
+    attack_moments = {group: moments[group] for group in labels.of(attacks)}
     positives = _spread(windows, attacks, len(windows.x))
     spread = _spread(windows, benign, options.windows_per_text)
     hard: _Chosen = []
     fitted: _Directions | None = None
     for _ in range(options.rounds):
-        groups = _by_group(positives, labels)
-        whiten = _whitener(windows, groups, covariance, options)
-        vectors, values = _singular_vectors(windows, groups, mean, whiten)
+        if fitted is not None:
+            positives = _best(windows, attacks, fitted, options.attack_windows)
+            attack_moments = _chosen_moments(windows, positives, labels)
+            hard = _best(windows, benign, fitted, options.hard_windows)
+        whiten = _whitener(attack_moments.values(), covariance, options)
+        vectors, values = _singular_vectors(attack_moments, mean, whiten)
         features = vectors * values[:, None] @ whiten
         chosen = [*positives, *spread, *hard]
         rows = np.concatenate([rows for _, rows in chosen])
         dangerous = np.arange(len(rows)) < sum(len(rows) for _, rows in positives)
-        weights = _weights([labels.groups[t] for t, rows in chosen for _ in rows], labels, options)
+        weights = _weights([labels.groups[t] for t, rows in chosen for _ in rows])
         weights *= np.where(
             dangerous, 0.5 / weights[dangerous].sum(), 0.5 / weights[~dangerous].sum()
         )
@@ -340,8 +344,6 @@ def _fit(
         components, along = _fold(vectors, model.coef_[0] * values, options.n_components)
         bias = float(model.intercept_[0])
         fitted = _Directions(mean, components @ whiten, along, bias).oriented()
-        positives = _best(windows, attacks, fitted, options.attack_windows)
-        hard = _best(windows, benign, fitted, options.hard_windows)
     assert fitted is not None
     return fitted
 
@@ -380,31 +382,27 @@ def _best(windows: Windows, texts: Ints, model: _Directions, n: int) -> _Chosen:
     return chosen
 
 
-def _weights(owners: Sequence[Group], labels: Labels, options: FitOptions) -> Array:
-    """Weight of every window, so that a group of n windows weighs √n in all, documents more."""
-    of_group = {
-        group: (options.document_weight if group in labels.documents else 1.0) / np.sqrt(n)
-        for group, n in Counter(owners).items()
-    }
+def _weights(owners: Sequence[Group]) -> Array:
+    """Weight of every window, so that a group of n windows weighs √n in all."""
+    of_group = {group: 1.0 / np.sqrt(n) for group, n in Counter(owners).items()}
     return np.array([of_group[owner] for owner in owners])
 
 
-def _by_group(chosen: _Chosen, labels: Labels) -> list[Ints]:
-    """Rows of windows of every group, in the order of the groups' names."""
+def _chosen_moments(windows: Windows, chosen: _Chosen, labels: Labels) -> dict[Group, Moments]:
+    """Moments of the chosen windows of every group."""
     rows: dict[Group, list[Ints]] = {}
     for t, own in chosen:
         rows.setdefault(labels.groups[t], []).append(own)
-    return [np.concatenate(own) for _, own in sorted(rows.items())]
+    return {group: Moments.of(windows.x[np.concatenate(own)]) for group, own in rows.items()}
 
 
-def _whitener(windows: Windows, positives: list[Ints], benign: Array, options: FitOptions) -> Array:
+def _whitener(attacks: Iterable[Moments], benign: Array, options: FitOptions) -> Array:
     """Matrix W ``(width, width)`` that whitens: ``W @ x`` is uncorrelated within groups.
 
-    Made of the covariance of ``benign`` windows and of the groups of ``positives``.
+    Made of the covariance of ``benign`` windows and of the groups of attacks.
     """
     scale = np.sqrt(np.diag(benign)) + 1e-6
-    own = [Moments.of(windows.x[rows]) for rows in positives]
-    enough = [m.covariance for m in own if m.n >= 8]
+    enough = [m.covariance for m in attacks if m.n >= 8]
     covariance = 0.5 * (benign + np.mean(enough, axis=0)) if enough else benign
     covariance = covariance / np.outer(scale, scale)
     mean_variance = np.trace(covariance) / len(covariance)
@@ -416,16 +414,13 @@ def _whitener(windows: Windows, positives: list[Ints], benign: Array, options: F
 
 
 def _singular_vectors(
-    windows: Windows, positives: list[Ints], mean: Array, whiten: Array
+    attacks: Mapping[Group, Moments], mean: Array, whiten: Array
 ) -> tuple[Array, Array]:
-    """Right singular vectors of the groups' mean whitened positive windows, and their values.
+    """Right singular vectors of the groups' mean whitened windows, and their values.
 
     The largest value is scaled to 1.
     """
-    means = [
-        windows.x[rows].astype(np.float32).mean(axis=0, dtype=np.float64) - mean
-        for rows in positives
-    ]
+    means = [attacks[group].mean - mean for group in sorted(attacks)]
     _, values, vectors = np.linalg.svd(np.stack(means) @ whiten.T, full_matrices=False)
     return vectors, values / values[0]
 
