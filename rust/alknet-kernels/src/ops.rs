@@ -353,7 +353,8 @@ impl Pass {
             let rows =
                 x.rows().min(row_share * share_rows)..x.rows().min((row_share + 1) * share_rows);
             let start = |share: usize| w.panels().min(units * share / column_shares * unit);
-            run(&Product { x, rows, w, panels: start(share)..start(share + 1) });
+            let (panels, next) = (start(share)..start(share + 1), w.next(share, column_shares));
+            run(&Product { x, rows, w, panels, next });
         });
     }
 

@@ -1,5 +1,7 @@
 //! 8-bit activations: `x ≈ scale · q`, one scale per row.
 
+use std::ops::Range;
+
 use crate::{
     lines::Lines,
     scalar::{K_ALIGN, hadamard_block},
@@ -113,10 +115,10 @@ impl QuantizedRows {
         self.width
     }
 
-    /// The tiles of 16 rows from `row` on, a multiple of 16.
+    /// The tiles that hold `rows`, which begin with one.
     #[inline]
-    pub(crate) fn tile(&self, row: usize) -> &[i8] {
-        &self.data[row * self.stride..][..TILE_ROWS * self.stride]
+    pub(crate) fn tiles(&self, rows: &Range<usize>) -> &[i8] {
+        &self.data[rows.start * self.stride..rows.end.next_multiple_of(TILE_ROWS) * self.stride]
     }
 
     /// Makes room for what kernels split off.
