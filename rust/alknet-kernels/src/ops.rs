@@ -460,7 +460,7 @@ impl Pass {
         let (dim, padded) = (heads.head_dim, heads.packed_head());
         assert!(w.outputs() == heads.all() * padded && angles.len() == x.rows() * dim);
         if let Some(tiles) = &self.kernels.tiles {
-            out.words.resize(x.rows() * Projection::width(&heads));
+            out.words.grow(x.rows() * Projection::width(&heads));
             let out = Shared::new(&mut out.words);
             self.for_products(x, w, padded / LANES, |product| {
                 // SAFETY: every head of a row belongs to one task; the table of kernels was handed

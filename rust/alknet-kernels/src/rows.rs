@@ -56,7 +56,7 @@ impl Intermediate {
     pub(crate) fn reshape(&mut self, rows: usize, width: usize, tiles: bool) {
         (self.rows, self.width) = (rows, width);
         if tiles {
-            self.words.resize(rows.next_multiple_of(TILE_ROWS) * Self::padded(width));
+            self.words.grow(rows.next_multiple_of(TILE_ROWS) * Self::padded(width));
         } else {
             self.numbers.resize(rows * width, 0.0);
         }
@@ -100,7 +100,7 @@ impl QuantizedRows {
     pub(crate) fn reshape(&mut self, rows: usize, width: usize, tiles: bool) {
         self.width = width;
         self.stride = width.next_multiple_of(K_ALIGN);
-        self.data.resize(if tiles { rows.next_multiple_of(TILE_ROWS) } else { rows } * self.stride);
+        self.data.grow(if tiles { rows.next_multiple_of(TILE_ROWS) } else { rows } * self.stride);
         self.scales.resize(rows, 0.0);
         self.offsets.resize(rows, 0);
     }

@@ -49,7 +49,7 @@ fn projection(heads: &Heads, numbers: Vec<f32>) -> Projection {
     let mut projection = Projection::default();
     let all = numbers.chunks_exact(heads.head_dim);
     let width = Projection::width(heads);
-    projection.words.resize(numbers.len() / heads.qkv_width() * width);
+    projection.words.grow(numbers.len() / heads.qkv_width() * width);
     let words = projection.words.chunks_exact_mut(Projection::place(heads, 0, 1));
     for (words, numbers) in words.zip(all) {
         for (word, x) in words.iter_mut().zip(numbers) {

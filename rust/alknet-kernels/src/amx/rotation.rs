@@ -93,7 +93,7 @@ pub(super) unsafe fn norm_quantize(
         // SAFETY: this function's contract.
         let tiles = unsafe { Tiles::new() };
         let width = weight.len();
-        normed.resize(ROWS * width);
+        normed.grow(ROWS * width);
         for (x, mut out) in x.chunks(ROWS * width).zip(out.tiles()) {
             for (row, x) in x.chunks_exact(width).enumerate() {
                 norm(x, weight, eps, &mut normed[row * TILE_DEPTH..]);
