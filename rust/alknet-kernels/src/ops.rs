@@ -35,9 +35,9 @@ const TILE_NUMBERS: usize = 16 << 10;
 /// Tasks of attention per thread that even out what threads are held up by.
 const MIN_TASKS_PER_THREAD: usize = 4;
 
-/// Fewest rows that one thread takes through all steps: with fewer, reading all weights takes longer than
-/// handing rows over.
-const MIN_ROWS_PER_THREAD: usize = 16;
+/// Fewest rows that one thread takes through all steps, more than a tile: with fewer, reading all weights
+/// takes longer than handing rows over.
+const MIN_ROWS_PER_THREAD: usize = TILE_ROWS + 1;
 
 /// Blocks of queries of one attention task at most: they share the keys that were made ready.
 const MAX_QUERY_BLOCKS: usize = 4;
