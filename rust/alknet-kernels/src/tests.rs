@@ -173,6 +173,23 @@ fn a_number_that_is_not_finite_makes_the_whole_row_nan() {
     }
 }
 
+#[test]
+fn matrices_know_what_follows_them() {
+    let engine = Engine::new(Some(Isa::Scalar), Some(1)).unwrap();
+    let source = |outputs| {
+        let widen = |i: usize, row: &mut [f32]| {
+            row.copy_from_slice(&noise(i as u64, 64));
+            Ok::<(), std::convert::Infallible>(())
+        };
+        MatrixSource { outputs, inputs: 64, widen: Box::new(widen), bias: Vec::new() }
+    };
+    let packed = engine.pass().pack(vec![source(16), source(48)]).unwrap();
+    let [first, second] = packed.as_slice() else { panic!("two matrices were packed") };
+    assert_eq!(first.next(0, 1), second.panel_range(0..3));
+    assert_eq!(first.next(1, 3), second.panel(1));
+    assert!(second.next(0, 1).is_empty());
+}
+
 /// Tile state in use is what a change of threads has to save.
 #[cfg(target_arch = "x86_64")]
 #[test]
