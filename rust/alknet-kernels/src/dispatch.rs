@@ -21,6 +21,8 @@ pub(crate) struct Product<'a> {
     pub(crate) rows: Range<usize>,
     pub(crate) w: &'a PackedMatrix,
     pub(crate) panels: Range<usize>,
+    /// Weights that the thread is likely to read after these.
+    pub(crate) next: &'a [u8],
 }
 
 type RotateQuantize = unsafe fn(&mut [f32], usize, &mut [i8]) -> (f32, i32);

@@ -198,9 +198,7 @@ impl KeyBlocks {
     pub(crate) fn grow(&mut self, shape: BlockShape, more: usize) -> Range<usize> {
         let new = self.positions..self.positions + more;
         self.len = new.end.div_ceil(BLOCK) * shape.block();
-        if self.words.len() < self.len {
-            self.words.resize(self.len);
-        }
+        self.words.grow(self.len);
         self.positions = new.end;
         new
     }

@@ -36,9 +36,14 @@ impl<T> Default for Lines<T> {
 impl<T: Plain> Lines<T> {
     const PER_LINE: usize = 64 / size_of::<T>();
 
-    /// Makes room for `len` numbers, rounded up to whole lines; new ones are zero.
-    pub(crate) fn resize(&mut self, len: usize) {
-        self.lines.resize(len.div_ceil(Self::PER_LINE), Line([0; 64]));
+    /// Makes room for at least `len` numbers; new ones are zero.
+    ///
+    /// Never makes less of it: what is used in turn for much and for little is not cleared every time.
+    pub(crate) fn grow(&mut self, len: usize) {
+        let lines = len.div_ceil(Self::PER_LINE);
+        if self.lines.len() < lines {
+            self.lines.resize(lines, Line([0; 64]));
+        }
     }
 
     /// Makes room for `len` numbers in all without allocating more than that.

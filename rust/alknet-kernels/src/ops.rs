@@ -35,9 +35,9 @@ const TILE_NUMBERS: usize = 16 << 10;
 /// Tasks of attention per thread that even out what threads are held up by.
 const MIN_TASKS_PER_THREAD: usize = 4;
 
-/// Fewest rows that one thread takes through all steps: with fewer, reading all weights takes longer than
-/// handing rows over.
-const MIN_ROWS_PER_THREAD: usize = 16;
+/// Fewest rows that one thread takes through all steps, more than a tile: with fewer, reading all weights
+/// takes longer than handing rows over.
+const MIN_ROWS_PER_THREAD: usize = TILE_ROWS + 1;
 
 /// Blocks of queries of one attention task at most: they share the keys that were made ready.
 const MAX_QUERY_BLOCKS: usize = 4;
@@ -353,7 +353,8 @@ impl Pass {
             let rows =
                 x.rows().min(row_share * share_rows)..x.rows().min((row_share + 1) * share_rows);
             let start = |share: usize| w.panels().min(units * share / column_shares * unit);
-            run(&Product { x, rows, w, panels: start(share)..start(share + 1) });
+            let (panels, next) = (start(share)..start(share + 1), w.next(share, column_shares));
+            run(&Product { x, rows, w, panels, next });
         });
     }
 
@@ -459,7 +460,7 @@ impl Pass {
         let (dim, padded) = (heads.head_dim, heads.packed_head());
         assert!(w.outputs() == heads.all() * padded && angles.len() == x.rows() * dim);
         if let Some(tiles) = &self.kernels.tiles {
-            out.words.resize(x.rows() * Projection::width(&heads));
+            out.words.grow(x.rows() * Projection::width(&heads));
             let out = Shared::new(&mut out.words);
             self.for_products(x, w, padded / LANES, |product| {
                 // SAFETY: every head of a row belongs to one task; the table of kernels was handed

@@ -53,6 +53,8 @@ pub enum PackError<E> {
 pub struct PackedMatrix {
     arena: Arc<MmapMut>,
     start: usize,
+    /// Place in the arena of the matrix after this one.
+    next: Range<usize>,
     inputs: usize,
     /// `inputs` rounded up; the filling stands for zero.
     stride: usize,
@@ -109,14 +111,17 @@ impl PackedMatrix {
         }
         let arena = Arc::new(arena);
         let mut scales = scales.as_slice();
-        let packed = sources.into_iter().zip(starts).map(|(source, start)| {
+        // Nothing follows the last one.
+        starts.push(starts[sources.len()]);
+        let packed = sources.into_iter().zip(starts.windows(3)).map(|(source, starts)| {
             let (own, rest) = scales.split_at(source.outputs);
             scales = rest;
             let mut bias = source.bias;
             bias.resize(source.outputs, 0.0);
             let stride = source.inputs.next_multiple_of(K_ALIGN);
             let arena = Arc::clone(&arena);
-            Self { arena, start, inputs: source.inputs, stride, scales: own.to_vec(), bias }
+            let (start, next) = (starts[0], starts[1]..starts[2]);
+            Self { arena, start, next, inputs: source.inputs, stride, scales: own.to_vec(), bias }
         });
         Ok(packed.collect())
     }
@@ -140,6 +145,12 @@ impl PackedMatrix {
     pub(crate) fn panel_range(&self, panels: Range<usize>) -> &[u8] {
         let len = LANES * self.stride;
         &self.arena[self.start + panels.start * len..self.start + panels.end * len]
+    }
+
+    /// Bytes of the matrix that was packed after this one, or none: of share `share` of `shares`, about.
+    pub(crate) fn next(&self, share: usize, shares: usize) -> &[u8] {
+        let next = &self.arena[self.next.clone()];
+        &next[next.len() / shares * share..next.len() / shares * (share + 1)]
     }
 
     /// Bytes of one panel, `[stride / 4, 16, 4]`.

@@ -1,5 +1,7 @@
 //! 8-bit activations: `x ≈ scale · q`, one scale per row.
 
+use std::ops::Range;
+
 use crate::{
     lines::Lines,
     scalar::{K_ALIGN, hadamard_block},
@@ -54,7 +56,7 @@ impl Intermediate {
     pub(crate) fn reshape(&mut self, rows: usize, width: usize, tiles: bool) {
         (self.rows, self.width) = (rows, width);
         if tiles {
-            self.words.resize(rows.next_multiple_of(TILE_ROWS) * Self::padded(width));
+            self.words.grow(rows.next_multiple_of(TILE_ROWS) * Self::padded(width));
         } else {
             self.numbers.resize(rows * width, 0.0);
         }
@@ -98,7 +100,7 @@ impl QuantizedRows {
     pub(crate) fn reshape(&mut self, rows: usize, width: usize, tiles: bool) {
         self.width = width;
         self.stride = width.next_multiple_of(K_ALIGN);
-        self.data.resize(if tiles { rows.next_multiple_of(TILE_ROWS) } else { rows } * self.stride);
+        self.data.grow(if tiles { rows.next_multiple_of(TILE_ROWS) } else { rows } * self.stride);
         self.scales.resize(rows, 0.0);
         self.offsets.resize(rows, 0);
     }
@@ -113,10 +115,10 @@ impl QuantizedRows {
         self.width
     }
 
-    /// The tiles of 16 rows from `row` on, a multiple of 16.
+    /// The tiles that hold `rows`, which begin with one.
     #[inline]
-    pub(crate) fn tile(&self, row: usize) -> &[i8] {
-        &self.data[row * self.stride..][..TILE_ROWS * self.stride]
+    pub(crate) fn tiles(&self, rows: &Range<usize>) -> &[i8] {
+        &self.data[rows.start * self.stride..rows.end.next_multiple_of(TILE_ROWS) * self.stride]
     }
 
     /// Makes room for what kernels split off.

@@ -49,7 +49,7 @@ fn projection(heads: &Heads, numbers: Vec<f32>) -> Projection {
     let mut projection = Projection::default();
     let all = numbers.chunks_exact(heads.head_dim);
     let width = Projection::width(heads);
-    projection.words.resize(numbers.len() / heads.qkv_width() * width);
+    projection.words.grow(numbers.len() / heads.qkv_width() * width);
     let words = projection.words.chunks_exact_mut(Projection::place(heads, 0, 1));
     for (words, numbers) in words.zip(all) {
         for (word, x) in words.iter_mut().zip(numbers) {
@@ -171,6 +171,23 @@ fn a_number_that_is_not_finite_makes_the_whole_row_nan() {
             assert_eq!(nan, [[false; 5], [true; 5], [false; 5]].concat(), "{isa}, {bad}");
         }
     }
+}
+
+#[test]
+fn matrices_know_what_follows_them() {
+    let engine = Engine::new(Some(Isa::Scalar), Some(1)).unwrap();
+    let source = |outputs| {
+        let widen = |i: usize, row: &mut [f32]| {
+            row.copy_from_slice(&noise(i as u64, 64));
+            Ok::<(), std::convert::Infallible>(())
+        };
+        MatrixSource { outputs, inputs: 64, widen: Box::new(widen), bias: Vec::new() }
+    };
+    let packed = engine.pass().pack(vec![source(16), source(48)]).unwrap();
+    let [first, second] = packed.as_slice() else { panic!("two matrices were packed") };
+    assert_eq!(first.next(0, 1), second.panel_range(0..3));
+    assert_eq!(first.next(1, 3), second.panel(1));
+    assert!(second.next(0, 1).is_empty());
 }
 
 /// Tile state in use is what a change of threads has to save.

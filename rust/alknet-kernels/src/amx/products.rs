@@ -1,6 +1,10 @@
 //! Linear products: bytes on tiles, finished block by block while the sums are in the first-level cache.
 
-use std::{arch::x86_64::*, cell::RefCell, ops::Range};
+use std::{
+    arch::x86_64::*,
+    cell::{Cell, RefCell},
+    ops::Range,
+};
 
 use super::tiles::{ROW_BYTES, ROWS, Tiles, tile_asm};
 use crate::{
@@ -13,36 +17,44 @@ use crate::{
     scalar::{self, K_ALIGN, LANES, Place, TileHeads},
 };
 
-/// Rows of a block: two tiles.
-const BLOCK_ROWS: usize = 2 * ROWS;
+/// Most tiles of rows of a group, which takes each panel from the second-level cache once.
+const GROUP_TILES: usize = 4;
 
 /// Panels of a block.
 const PAIR: usize = 2;
 
-/// Blocks of rows that go through all parts of a pair of panels together.
-const GROUP_BLOCKS: usize = 4;
+/// Most tiles of rows that a group multiplies before it goes back: 36 KiB stay in the first-level cache
+/// while panels pass by.
+const PART_TILES: usize = 36;
 
-/// Most steps of 64 inputs in a part of a pair of panels: 18 KiB of weights and as much of a block of
-/// rows are in the first-level cache together.
-const PART_STEPS: usize = 9;
+/// Most bytes of a chunk of panels, which stays in the second-level cache over all groups while the next one
+/// comes.
+const CHUNK_BYTES: usize = 112 << 10;
 
-/// Sums of a block.
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Sums of a group by one panel.
 #[repr(C, align(64))]
-struct Sums([[[i32; LANES]; PAIR]; BLOCK_ROWS]);
+struct Sums([[i32; LANES]; GROUP_TILES * ROWS]);
 
-thread_local! {
-    /// Sums of a group of blocks, 16 KiB per thread.
-    static SUMS: RefCell<[Sums; GROUP_BLOCKS]> = const {
-        RefCell::new([const { Sums([[[0; LANES]; PAIR]; BLOCK_ROWS]) }; GROUP_BLOCKS])
-    };
+impl Sums {
+    const ZERO: Self = Self([[0; LANES]; GROUP_TILES * ROWS]);
 }
 
-/// A block of up to 32 rows by two panels.
+thread_local! {
+    /// Sums of a group by a pair of panels, or by a chunk of them where a group goes back: up to 40 KiB
+    /// per thread.
+    static SUMS: RefCell<Vec<[Sums; PAIR]>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A group of rows by two panels.
 struct Block<'a> {
     product: &'a Product<'a>,
     rows: Range<usize>,
     panels: [usize; PAIR],
-    sums: &'a Sums,
+    sums: &'a [Sums; PAIR],
+    fetch: &'a Fetch,
 }
 
 impl Block<'_> {
@@ -57,7 +69,11 @@ impl Block<'_> {
         let (scales, biases) =
             (self.panels.map(|p| load(w.scales(p))), self.panels.map(|p| load(w.bias(p))));
         let row_scales = &x.scales[self.rows.clone()];
-        for (r, (sums, scale)) in self.sums.0.iter().zip(row_scales).enumerate() {
+        let [first, second] = self.sums;
+        let sums = first.0.iter().zip(&second.0);
+        for (r, ((first, second), scale)) in sums.zip(row_scales).enumerate() {
+            let sums = [first, second];
+            self.fetch.line();
             let row_scale = _mm512_set1_ps(*scale);
             let numbers = std::array::from_fn(|p| {
                 // SAFETY: there are 16 sums.
@@ -74,68 +90,62 @@ impl Block<'_> {
     }
 }
 
-/// Pairs of neighbouring panels; a last one without a neighbour is paired with itself.
-fn neighbours(panels: Range<usize>) -> impl Iterator<Item = [usize; PAIR]> {
-    panels.clone().step_by(PAIR).map(move |panel| [panel, (panel + 1).min(panels.end - 1)])
+/// Pair number `i` of neighbouring panels; a last one without a neighbour is paired with itself.
+fn neighbours(panels: &Range<usize>, i: usize) -> [usize; PAIR] {
+    let first = panels.start + PAIR * i;
+    [first, (first + 1).min(panels.end - 1)]
 }
 
 /// [`crate::scalar::matmul`] by pairs of panels, of which every block is handed to `finish`.
-///
-/// A part of a pair of panels stays in the first-level cache over a group of rows; panels `ahead` of it
-/// are fetched meanwhile.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn for_blocks(
     product: &Product<'_>,
-    pairs: impl Iterator<Item = [usize; PAIR]>,
-    ahead: usize,
+    pair: impl Fn(usize) -> [usize; PAIR],
     finish: impl FnMut(&Block<'_>),
 ) {
-    SUMS.with_borrow_mut(|sums| for_blocks_in(sums, product, pairs, ahead, finish));
+    SUMS.with_borrow_mut(|sums| for_blocks_in(sums, product, pair, finish));
 }
 
-/// [`for_blocks`] with a place for the sums of a group.
+/// [`for_blocks`] with a place for sums.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn for_blocks_in(
-    sums: &mut [Sums; GROUP_BLOCKS],
+    sums: &mut Vec<[Sums; PAIR]>,
     product: &Product<'_>,
-    pairs: impl Iterator<Item = [usize; PAIR]>,
-    ahead: usize,
+    pair: impl Fn(usize) -> [usize; PAIR],
     mut finish: impl FnMut(&Block<'_>),
 ) {
-    let Product { x, rows, w, panels } = product;
-    if rows.is_empty() {
+    let Product { x, rows, w, .. } = product;
+    if rows.is_empty() || product.panels.is_empty() {
         return;
     }
     assert!(rows.start.is_multiple_of(ROWS), "products begin with a tile");
-    let stride = x.stride();
-    let steps = stride / K_ALIGN;
-    // A single block of rows reads panels only once: nothing needs to stay.
-    let parts = if rows.len() > BLOCK_ROWS { steps.div_ceil(PART_STEPS) } else { 1 };
-    let part = steps.div_ceil(parts);
-    let lines = LINES_PER_STEP.div_ceil(rows.len().div_ceil(BLOCK_ROWS));
-    let all = w.panel_range(panels.clone());
+    let cut = Cut::new(product);
+    if sums.len() < cut.sums {
+        sums.resize_with(cut.sums, || [Sums::ZERO; PAIR]);
+    }
     // SAFETY: this file's kernels are handed out where AMX is available.
     let tiles = unsafe { Tiles::new() };
-    for (i, panels) in pairs.enumerate() {
-        let bytes = panels.map(|panel| w.panel(panel));
-        // What follows is another task's; in place of it come lines that are here already.
-        let next = all.get((PAIR * i + ahead) * LANES * stride..).unwrap_or(bytes[0]).as_ptr();
-        let mut fetch = Fetch { next, lines };
-        for group in rows.clone().step_by(GROUP_BLOCKS * BLOCK_ROWS) {
-            for step in (0..steps).step_by(part) {
-                let end = steps.min(step + part);
-                let blocks = (group..rows.end).step_by(BLOCK_ROWS);
-                for (row, sums) in blocks.zip(&mut *sums) {
-                    let rows = row..rows.end.min(row + BLOCK_ROWS);
-                    let upper = x.tile(row);
-                    let lower = (rows.len() > ROWS).then(|| x.tile(row + ROWS));
-                    let operands = Operands { upper, lower, panels: bytes, steps: step..end };
-                    // SAFETY: tiles are configured.
-                    unsafe { multiply(&operands, &mut fetch, sums) };
-                    if end == steps {
-                        finish(&Block { product, rows, panels, sums });
+    for first in (0..cut.pairs).step_by(cut.chunk) {
+        let chunk = first..cut.pairs.min(first + cut.chunk);
+        let fetch = Fetch::new(product, &cut, chunk.end);
+        for start in rows.clone().step_by(cut.group) {
+            let rows = start..rows.end.min(start + cut.group);
+            for step in (0..cut.steps).step_by(cut.part) {
+                let steps = step..cut.steps.min(step + cut.part);
+                for (i, slot) in chunk.clone().zip((0..cut.sums).cycle()) {
+                    let (panels, sums) = (pair(i), &mut sums[slot]);
+                    for (panel, sums) in panels.into_iter().zip(&mut *sums) {
+                        let (tiles, panel) = (x.tiles(&rows), w.panel(panel));
+                        // SAFETY: tiles are configured.
+                        unsafe {
+                            multiply(&Operands { tiles, panel, steps: &steps }, &fetch, sums)
+                        };
+                    }
+                    if steps.end == cut.steps {
+                        let rows = rows.clone();
+                        finish(&Block { product, rows, panels, sums, fetch: &fetch });
                     }
                 }
             }
@@ -144,144 +154,165 @@ fn for_blocks_in(
     drop(tiles);
 }
 
-/// Cache lines of a pair of panels that a step of 64 inputs reads.
-const LINES_PER_STEP: usize = PAIR * LANES * K_ALIGN / 64;
+/// How a product is cut.
+struct Cut {
+    /// Pairs of panels, and how many of them are a chunk.
+    pairs: usize,
+    chunk: usize,
+    /// Rows of a group.
+    group: usize,
+    /// Steps of 64 inputs, and how many of them a group takes before it goes back.
+    steps: usize,
+    part: usize,
+    /// Pairs of panels whose sums are kept.
+    sums: usize,
+    /// Pairs of cache lines that are fetched per step of a panel.
+    fetches: usize,
+}
+
+impl Cut {
+    fn new(Product { x, rows, panels, .. }: &Product<'_>) -> Self {
+        let pairs = panels.len().div_ceil(PAIR);
+        let pair_bytes = PAIR * LANES * x.stride();
+        let chunks = pairs.div_ceil((CHUNK_BYTES / pair_bytes).max(1));
+        let chunk = pairs.div_ceil(chunks);
+        let tiles = rows.len().div_ceil(ROWS);
+        let groups = tiles.div_ceil(GROUP_TILES);
+        let group_tiles = tiles.div_ceil(groups);
+        let steps = x.stride() / K_ALIGN;
+        let parts = steps.div_ceil(PART_TILES / group_tiles);
+        // While a chunk is read, as much is fetched: a line for each row that is finished, the rest between.
+        let lines = (pair_bytes / LINE / groups).saturating_sub(group_tiles * ROWS);
+        Self {
+            pairs,
+            chunk,
+            group: group_tiles * ROWS,
+            steps,
+            part: steps.div_ceil(parts),
+            sums: if parts > 1 { chunk } else { 1 },
+            fetches: (lines / (2 * PAIR * steps)).max(1),
+        }
+    }
+}
 
 /// What is fetched into the second-level cache while a product runs.
 struct Fetch {
-    next: *const u8,
-    /// Cache lines per step.
-    lines: usize,
+    next: Cell<*const u8>,
+    /// Pairs of cache lines per step of a panel.
+    fetches: usize,
 }
 
-/// What a block multiplies.
+impl Fetch {
+    /// Of what follows the first `pairs` pairs of panels.
+    fn new(product: &Product<'_>, cut: &Cut, pairs: usize) -> Self {
+        let Product { w, panels, next, .. } = product;
+        let next = if pairs < cut.pairs {
+            w.panel_range(panels.start + PAIR * pairs..panels.end)
+        } else {
+            next
+        };
+        Self { next: Cell::new(next.as_ptr()), fetches: cut.fetches }
+    }
+
+    /// Fetches one more line.
+    #[inline]
+    fn line(&self) {
+        let next = self.next.get();
+        // SAFETY: a prefetch of any address is harmless.
+        #[allow(unused_unsafe, reason = "prefetching is unsafe in older compilers")]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(next.cast());
+        }
+        self.next.set(next.wrapping_add(LINE));
+    }
+}
+
+/// What is multiplied.
 struct Operands<'a> {
-    /// A tile of rows, and a second one if there is any.
-    upper: &'a [i8],
-    lower: Option<&'a [i8]>,
-    /// Panels as wide as the rows.
-    panels: [&'a [u8]; PAIR],
+    /// Whole tiles of the rows of a group.
+    tiles: &'a [i8],
+    /// A panel as wide as the rows.
+    panel: &'a [u8],
     /// The part of their width, in steps of 64 inputs.
-    steps: Range<usize>,
+    steps: &'a Range<usize>,
 }
 
-/// Sums of a block, or of its part that begins at the first step; later parts are added to them.
+/// Sums of a group by a panel, or of their part that begins at the first step; later parts are added to them.
 ///
 /// # Safety
 /// Tiles must be configured.
-#[inline]
-unsafe fn multiply(operands: &Operands<'_>, fetch: &mut Fetch, sums: &mut Sums) {
-    // SAFETY: this function's contract.
-    unsafe {
-        match fetch.lines {
-            0..=2 => multiply_steps::<2>(operands, fetch, sums),
-            3..=4 => multiply_steps::<4>(operands, fetch, sums),
-            5..=8 => multiply_steps::<8>(operands, fetch, sums),
-            9..=16 => multiply_steps::<16>(operands, fetch, sums),
-            _ => multiply_steps::<32>(operands, fetch, sums),
-        }
-    }
-}
-
-/// [`multiply`] with `LINES` fetches per step.
-///
-/// # Safety
-/// As [`multiply`].
-unsafe fn multiply_steps<const LINES: usize>(
-    operands: &Operands<'_>,
-    fetch: &mut Fetch,
-    sums: &mut Sums,
-) {
-    let Operands { upper, lower, panels, ref steps } = *operands;
-    assert!(steps.start < steps.end && steps.end * ROWS * K_ALIGN <= upper.len());
+unsafe fn multiply(operands: &Operands<'_>, fetch: &Fetch, sums: &mut Sums) {
+    let Operands { tiles, panel, steps } = *operands;
     // A step is a tile of rows, and as much of a panel.
+    let tile_bytes = panel.len();
+    assert!(steps.start < steps.end && steps.end * ROWS * K_ALIGN <= tile_bytes);
     let start = steps.start * ROWS * K_ALIGN;
-    let [first, second] = panels.map(|panel| panel[start..].as_ptr());
-    let (upper, lower) = (upper[start..].as_ptr(), lower.map(|lower| lower[start..].as_ptr()));
+    let tile = |i: usize| tiles[i * tile_bytes..][..tile_bytes][start..].as_ptr();
     let later = usize::from(steps.start > 0);
-    // The loop over steps: what is done with the upper rows, and with the lower ones after each step.
+    let mut next = fetch.next.get();
+    // The loop over steps: what is done with each tile of rows, and where its sums are.
     macro_rules! call {
-        (
-            load: $($load:literal)*;
-            zero: $($zero:literal)*;
-            step: $($step:literal)*;
-            store: $($store:literal)*;
-            $($operand:tt)*
-        ) => {
+        ($($tile:ident: $number:literal, $rows:literal, $sums:literal, $place:literal;)*) => {
             tile_asm!(
                 "test {later}, {later}",
                 "jz 2f",
-                $($load,)*
+                $(concat!("tileloadd ", $sums, ", [{sums} + {line} + ", $place, "]"),)*
                 "jmp 3f",
                 "2:",
-                $($zero,)*
+                $(concat!("tilezero ", $sums),)*
                 "3:",
-                "tileloadd tmm4, [{upper} + {line}]",
-                "tileloadd tmm6, [{first} + {line}]",
-                "tileloadd tmm7, [{second} + {line}]",
-                $($step,)*
-                ".rept {lines}",
-                "prefetcht1 [{fetch}]",
-                "add {fetch}, 64",
-                ".endr",
-                "add {upper}, 1024",
-                "add {first}, 1024",
-                "add {second}, 1024",
+                "tileloaddt1 tmm7, [{panel} + {line}]",
+                $(
+                    concat!("tileloadd ", $rows, ", [{", stringify!($tile), "} + {line}]"),
+                    concat!("tdpbssd ", $sums, ", ", $rows, ", tmm7"),
+                    concat!("add {", stringify!($tile), "}, 1024"),
+                )*
+                "mov {count}, {fetches}",
+                "4:",
+                "prefetcht1 [{next}]",
+                "prefetcht1 [{next} + 64]",
+                "sub {next}, -128",
+                "dec {count}",
+                "jnz 4b",
+                "add {panel}, 1024",
                 "dec {steps}",
                 "jnz 3b",
-                $($store,)*;
-                lines = const LINES,
+                $(concat!("tilestored [{sums} + {line} + ", $place, "], ", $sums),)*;
                 later = in(reg) later,
-                upper = inout(reg) upper => _,
-                first = inout(reg) first => _,
-                second = inout(reg) second => _,
+                panel = inout(reg) panel[start..].as_ptr() => _,
                 line = in(reg) ROW_BYTES,
-                sums_line = in(reg) PAIR * ROW_BYTES,
-                fetch = inout(reg) fetch.next,
+                fetches = in(reg) fetch.fetches,
+                count = out(reg) _,
+                next = inout(reg) next,
                 steps = inout(reg) steps.len() => _,
                 sums = in(reg) sums.0.as_mut_ptr(),
-                $($operand)*
+                $($tile = inout(reg) tile($number) => _,)*
             )
         };
     }
-    // SAFETY: steps of rows and panels are whole; this function's contract; a prefetch of any address
-    // is harmless.
+    // SAFETY: steps of rows and panels are whole, and sums those of four tiles; this function's contract; a
+    // prefetch of any address is harmless.
     unsafe {
-        if let Some(lower) = lower {
-            call!(
-                load:
-                    "tileloadd tmm0, [{sums} + {sums_line}]"
-                    "tileloadd tmm1, [{sums} + {sums_line} + 64]"
-                    "tileloadd tmm2, [{sums} + {sums_line} + 2048]"
-                    "tileloadd tmm3, [{sums} + {sums_line} + 2112]";
-                zero: "tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3";
-                step:
-                    "tileloadd tmm5, [{lower} + {line}]"
-                    "add {lower}, 1024"
-                    "tdpbssd tmm0, tmm4, tmm6"
-                    "tdpbssd tmm1, tmm4, tmm7"
-                    "tdpbssd tmm2, tmm5, tmm6"
-                    "tdpbssd tmm3, tmm5, tmm7";
-                store:
-                    "tilestored [{sums} + {sums_line}], tmm0"
-                    "tilestored [{sums} + {sums_line} + 64], tmm1"
-                    "tilestored [{sums} + {sums_line} + 2048], tmm2"
-                    "tilestored [{sums} + {sums_line} + 2112], tmm3";
-                lower = inout(reg) lower => _,
-            );
-        } else {
-            call!(
-                load:
-                    "tileloadd tmm0, [{sums} + {sums_line}]"
-                    "tileloadd tmm1, [{sums} + {sums_line} + 64]";
-                zero: "tilezero tmm0" "tilezero tmm1";
-                step: "tdpbssd tmm0, tmm4, tmm6" "tdpbssd tmm1, tmm4, tmm7";
-                store:
-                    "tilestored [{sums} + {sums_line}], tmm0"
-                    "tilestored [{sums} + {sums_line} + 64], tmm1";
-            );
+        match tiles.len() / tile_bytes {
+            1 => call!(a: 0, "tmm4", "tmm0", 0;),
+            2 => call!(
+                a: 0, "tmm4", "tmm0", 0;
+                b: 1, "tmm5", "tmm1", 1024;
+            ),
+            3 => call!(
+                a: 0, "tmm4", "tmm0", 0;
+                b: 1, "tmm5", "tmm1", 1024;
+                c: 2, "tmm6", "tmm2", 2048;
+            ),
+            _ => call!(
+                a: 0, "tmm4", "tmm0", 0;
+                b: 1, "tmm5", "tmm1", 1024;
+                c: 2, "tmm6", "tmm2", 2048;
+                d: 3, "tmm4", "tmm3", 3072;
+            ),
         }
     }
+    fetch.next.set(next);
 }
 
 /// [`crate::scalar::matmul`].
@@ -294,8 +325,8 @@ pub(super) fn matmul(
     out: &mut [f32],
 ) {
     let (first_row, first_panel, columns) = (rows.start, panels.start, panels.len() * LANES);
-    let pairs = neighbours(panels.clone());
-    for_blocks(&Product { x, rows, w, panels }, pairs, PAIR, |block| {
+    let pair = |i| neighbours(&panels, i);
+    for_blocks(&Product { x, rows, w, panels: panels.clone(), next: &[] }, pair, |block| {
         block.for_rows::<false>(|row, numbers| {
             for (panel, x) in block.panels.into_iter().zip(numbers) {
                 let first = (row - first_row) * columns + (panel - first_panel) * LANES;
@@ -316,24 +347,28 @@ pub(super) unsafe fn linear<const ADD: bool>(
     width: usize,
     out: &Shared<f32>,
 ) {
-    for_blocks(product, neighbours(product.panels.clone()), PAIR, |block| {
-        let [first, second] = block.panels.map(|panel| panel * LANES);
-        let len = (second + LANES).min(width) - first;
-        let masks = [lanes_mask(len), lanes_mask(len.saturating_sub(LANES))];
-        block.for_rows::<false>(|row, numbers| {
-            // SAFETY: this function's contract; the masks leave the `len` numbers of the range.
-            unsafe {
-                let out = out.range(row * width + first, len).as_mut_ptr();
-                for (p, (mut x, mask)) in numbers.into_iter().zip(masks).enumerate() {
-                    let out = out.wrapping_add(p * LANES);
-                    if ADD {
-                        x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), x);
+    for_blocks(
+        product,
+        |i| neighbours(&product.panels, i),
+        |block| {
+            let [first, second] = block.panels.map(|panel| panel * LANES);
+            let len = (second + LANES).min(width) - first;
+            let masks = [lanes_mask(len), lanes_mask(len.saturating_sub(LANES))];
+            block.for_rows::<false>(|row, numbers| {
+                // SAFETY: this function's contract; the masks leave the `len` numbers of the range.
+                unsafe {
+                    let out = out.range(row * width + first, len).as_mut_ptr();
+                    for (p, (mut x, mask)) in numbers.into_iter().zip(masks).enumerate() {
+                        let out = out.wrapping_add(p * LANES);
+                        if ADD {
+                            x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), x);
+                        }
+                        _mm512_mask_storeu_ps(out, mask, x);
                     }
-                    _mm512_mask_storeu_ps(out, mask, x);
                 }
-            }
-        });
-    });
+            });
+        },
+    );
 }
 
 /// The first `len` lanes of a register.
@@ -347,17 +382,22 @@ fn lanes_mask(len: usize) -> __mmask16 {
 /// As [`linear`].
 #[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
 pub(super) unsafe fn gate_up(product: &Product<'_>, width: usize, out: &Shared<u16>) {
-    for_blocks(product, neighbours(product.panels.clone()), PAIR, |block| {
-        let first = block.panels[0] / 2 * LANES;
-        block.for_rows::<true>(|row, [gate, up]| {
-            // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
-            unsafe {
-                let out = out.range(Intermediate::place(width, row, first), LANES);
-                let words: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(silu_mul(gate, up)));
-                _mm256_storeu_si256(out.as_mut_ptr().cast(), words);
-            }
-        });
-    });
+    for_blocks(
+        product,
+        |i| neighbours(&product.panels, i),
+        |block| {
+            let first = block.panels[0] / 2 * LANES;
+            block.for_rows::<true>(|row, [gate, up]| {
+                // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
+                unsafe {
+                    let out = out.range(Intermediate::place(width, row, first), LANES);
+                    let words: __m256i =
+                        std::mem::transmute(_mm512_cvtneps_pbh(silu_mul(gate, up)));
+                    _mm256_storeu_si256(out.as_mut_ptr().cast(), words);
+                }
+            });
+        },
+    );
 }
 
 /// `SiLU(gate) · up` within a part in 6,000.
@@ -388,9 +428,11 @@ pub(super) unsafe fn qkv(product: &Product<'_>, heads: &Heads, angles: &[f32], o
     }
     // Numbers that are rotated together stand half a head apart.
     let half = panels / 2;
-    let pairs = product.panels.clone().step_by(panels);
-    let pairs = pairs.flat_map(|head| (head..head + half).map(move |panel| [panel, panel + half]));
-    for_blocks(product, pairs, panels, |block| {
+    let pair = |i: usize| {
+        let panel = product.panels.start + i / half * panels + i % half;
+        [panel, panel + half]
+    };
+    for_blocks(product, pair, |block| {
         let (head, place) = (block.panels[0] / panels, block.panels[0] % panels * LANES);
         let scale = heads.scale(head);
         let start = Projection::place(heads, 0, head) + place;
@@ -427,7 +469,7 @@ unsafe fn qkv_of_odd_heads(
     angles: &[f32],
     out: &Shared<u16>,
 ) {
-    let Product { x, rows, w, panels } = product;
+    let Product { x, rows, w, panels, .. } = product;
     let (dim, padded) = (heads.head_dim, heads.packed_head());
     let task_heads = panels.start * LANES / padded..panels.end * LANES / padded;
     let mut tile = vec![0.0; rows.len() * panels.len() * LANES];

@@ -93,11 +93,9 @@ pub(super) unsafe fn norm_quantize(
         // SAFETY: this function's contract.
         let tiles = unsafe { Tiles::new() };
         let width = weight.len();
-        normed.resize(ROWS * width);
+        normed.grow(ROWS * width);
         for (x, mut out) in x.chunks(ROWS * width).zip(out.tiles()) {
-            for (row, x) in x.chunks_exact(width).enumerate() {
-                norm(x, weight, eps, &mut normed[row * TILE_DEPTH..]);
-            }
+            norm_tile(x, weight, eps, normed);
             // SAFETY: tiles are configured.
             unsafe { quantize_tile(&normed[..ROWS * width], products, &mut out) };
         }
@@ -105,9 +103,38 @@ pub(super) unsafe fn norm_quantize(
     });
 }
 
-/// Writes the normed row into its lines of a tile; the first of them begins `out`.
+/// Writes up to 16 rows, normed, into a tile of rows.
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) {
+fn norm_tile(x: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) {
+    // SAFETY: there are 16 numbers.
+    let load = |x: &[f32; LANES]| unsafe { _mm512_loadu_ps(x.as_ptr()) };
+    let width = weight.len();
+    let mut factors = [0.0; ROWS];
+    for (factor, x) in factors.iter_mut().zip(x.chunks_exact(width)) {
+        *factor = 1.0 / (sum_of_squares(x) / width as f32 + eps).sqrt();
+    }
+    let weights = weight.as_chunks::<LANES>().0.as_chunks::<2>().0.iter();
+    for ((i, weight), out) in weights.enumerate().zip(out.chunks_exact_mut(TILE_WORDS)) {
+        let weight = weight.each_ref().map(load);
+        let rows = x.chunks_exact(width).zip(&factors).zip(out.as_chunks_mut::<TILE_DEPTH>().0);
+        for ((x, factor), line) in rows {
+            let x = &x.as_chunks::<LANES>().0.as_chunks::<2>().0[i];
+            let factor = _mm512_set1_ps(*factor);
+            let [low, high] =
+                [0, 1].map(|i| _mm512_mul_ps(_mm512_mul_ps(load(&x[i]), factor), weight[i]));
+            // SAFETY: there are 32 words; any pattern is a row of bf16 numbers.
+            unsafe {
+                let words =
+                    std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_storeu_si512(line.as_mut_ptr().cast(), words);
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn sum_of_squares(x: &[f32]) -> f32 {
     // SAFETY: there are 16 numbers.
     let load = |x: &[f32; LANES]| unsafe { _mm512_loadu_ps(x.as_ptr()) };
     let mut squares = [_mm512_setzero_ps(); 4];
@@ -117,20 +144,7 @@ fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) {
         }
     }
     let [a, b, c, d] = squares;
-    let sum = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)));
-    let factor = _mm512_set1_ps(1.0 / (sum / x.len() as f32 + eps).sqrt());
-    let halves = x.as_chunks::<LANES>().0.as_chunks::<2>().0.iter();
-    let halves = halves.zip(weight.as_chunks::<LANES>().0.as_chunks::<2>().0);
-    for ((x, weight), out) in halves.zip(out.chunks_mut(TILE_WORDS)) {
-        let [low, high] =
-            [0, 1].map(|i| _mm512_mul_ps(_mm512_mul_ps(load(&x[i]), factor), load(&weight[i])));
-        let line = &mut out[..TILE_DEPTH];
-        // SAFETY: there are 32 words; any pattern is a row of bf16 numbers.
-        unsafe {
-            let words = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-            _mm512_storeu_si512(line.as_mut_ptr().cast(), words);
-        }
-    }
+    _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
 }
 
 /// [`quantize`] for up to 16 rows.
