@@ -8,6 +8,7 @@
 
 use std::{
     cell::RefCell,
+    f32::consts::LOG2_E,
     ops::Range,
     sync::{Mutex, PoisonError},
 };
@@ -122,6 +123,12 @@ impl Heads {
             _ if head < self.num_attention_heads + self.num_key_value_heads => Some(1.0),
             _ => None,
         }
+    }
+
+    /// [`Heads::scale`] for attention that takes powers of two instead of `e`.
+    pub(crate) fn scale_base_two(&self, head: usize) -> Option<f32> {
+        let query = head < self.num_attention_heads;
+        self.scale(head).map(|scale| if query { scale * LOG2_E } else { scale })
     }
 
     /// Outputs of one head in the packed joint projection.
@@ -443,7 +450,8 @@ impl Pass {
         });
     }
 
-    /// The joint projection; queries and keys are rotated, queries also scaled by `1/√head_dim`.
+    /// The joint projection; queries and keys are rotated, queries also scaled by `1/√head_dim`,
+    /// and in bf16 by `log₂ e`.
     ///
     /// # Shapes
     /// - `w`: every head fills [`Heads::packed_head`] outputs
