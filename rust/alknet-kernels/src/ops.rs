@@ -597,12 +597,13 @@ impl Pass {
         let all = segments.iter().map(columns).sum::<usize>() * heads.num_key_value_heads;
         let fair = all / (MIN_TASKS_PER_THREAD * self.turn.threads());
         let size = tiles.columns * fair.div_ceil(tiles.columns).clamp(1, MAX_QUERY_BLOCKS);
-        // The last tokens see most keys: the longest tasks come first.
+        // Head by head, so that the second-level cache keeps what they read; the last tokens see most keys: a
+        // head's longest tasks come first.
         let mut tasks = Vec::new();
         for segment in segments {
             assert!(segment.cache.blocks.positions >= segment.first + segment.rows.len());
-            for start in (0..columns(segment)).step_by(size).rev() {
-                for head in 0..heads.num_key_value_heads {
+            for head in 0..heads.num_key_value_heads {
+                for start in (0..columns(segment)).step_by(size).rev() {
                     tasks.push((segment, start..columns(segment).min(start + size), head));
                 }
             }
@@ -636,7 +637,8 @@ impl Pass {
         let all = segments.iter().map(|segment| segment.rows.len()).sum::<usize>();
         let fair = all * heads.num_key_value_heads / (MIN_TASKS_PER_THREAD * self.turn.threads());
         let block = block * fair.div_ceil(block).clamp(1, MAX_QUERY_BLOCKS);
-        // The last tokens see most keys: the longest tasks come first.
+        // Head by head, so that the second-level cache keeps what they read; the last tokens see most keys: a
+        // head's longest tasks come first.
         let mut tasks = Vec::new();
         for segment in segments {
             for start in (0..segment.rows.len()).step_by(block).rev() {
