@@ -123,13 +123,19 @@ fn permission() -> bool {
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
 fn exp2(x: __m512) -> __m512 {
-    /// Of `2ʳ` for `r` from 0 to 1, highest power first: the least relative error without any at both ends.
-    const COEFFICIENTS: [f32; 4] = [7.826_747e-2, 2.263_083_6e-1, 6.954_242e-1, 1.0];
+    // The least relative error without any at both ends.
+    power_of_two(x, 7.826_747e-2, [2.263_083_6e-1, 6.954_242e-1, 1.0])
+}
+
+/// `2ˣ` by a polynomial near `2ʳ` for `r` from 0 to 1, of which these are the coefficients, highest power first.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn power_of_two<const N: usize>(x: __m512, highest: f32, rest: [f32; N]) -> __m512 {
     const DOWN: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
     let r = _mm512_reduce_ps::<DOWN>(x);
-    let [mut p, rest @ ..] = COEFFICIENTS.map(|c| _mm512_set1_ps(c));
+    let mut p = _mm512_set1_ps(highest);
     for c in rest {
-        p = _mm512_fmadd_ps(p, r, c);
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     }
     // Scales by two to the power of `x` rounded down.
     _mm512_scalef_ps(p, x)

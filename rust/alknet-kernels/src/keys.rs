@@ -10,7 +10,7 @@ use crate::{lines::Lines, ops::Heads, pool::Shared};
 pub struct Projection {
     /// `[rows, qkv_width]`.
     pub(crate) numbers: Vec<f32>,
-    /// `[rows, heads, BlockShape::row]`, bf16; heads are filled with zeros.
+    /// `[rows, heads, BlockShape::row]`, bf16; queries are scaled by `log₂ e`, heads filled with zeros.
     pub(crate) words: Lines<u16>,
 }
 

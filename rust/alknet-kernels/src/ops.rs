@@ -8,6 +8,7 @@
 
 use std::{
     cell::RefCell,
+    f32::consts::LOG2_E,
     ops::Range,
     sync::{Mutex, PoisonError},
 };
@@ -122,6 +123,12 @@ impl Heads {
             _ if head < self.num_attention_heads + self.num_key_value_heads => Some(1.0),
             _ => None,
         }
+    }
+
+    /// [`Heads::scale`] for attention that takes powers of two instead of `e`.
+    pub(crate) fn scale_base_two(&self, head: usize) -> Option<f32> {
+        let query = head < self.num_attention_heads;
+        self.scale(head).map(|scale| if query { scale * LOG2_E } else { scale })
     }
 
     /// Outputs of one head in the packed joint projection.
@@ -444,7 +451,8 @@ impl Pass {
         });
     }
 
-    /// The joint projection; queries and keys are rotated, queries also scaled by `1/√head_dim`.
+    /// The joint projection; queries and keys are rotated, queries also scaled by `1/√head_dim`,
+    /// and in bf16 by `log₂ e`.
     ///
     /// # Shapes
     /// - `w`: every head fills [`Heads::packed_head`] outputs
@@ -590,12 +598,13 @@ impl Pass {
         let all = segments.iter().map(columns).sum::<usize>() * heads.num_key_value_heads;
         let fair = all / (MIN_TASKS_PER_THREAD * self.turn.threads());
         let size = tiles.columns * fair.div_ceil(tiles.columns).clamp(1, MAX_QUERY_BLOCKS);
-        // The last tokens see most keys: the longest tasks come first.
+        // Head by head, so that the second-level cache keeps what they read; the last tokens see most keys: a
+        // head's longest tasks come first.
         let mut tasks = Vec::new();
         for segment in segments {
             assert!(segment.cache.blocks.positions >= segment.first + segment.rows.len());
-            for start in (0..columns(segment)).step_by(size).rev() {
-                for head in 0..heads.num_key_value_heads {
+            for head in 0..heads.num_key_value_heads {
+                for start in (0..columns(segment)).step_by(size).rev() {
                     tasks.push((segment, start..columns(segment).min(start + size), head));
                 }
             }
@@ -629,7 +638,8 @@ impl Pass {
         let all = segments.iter().map(|segment| segment.rows.len()).sum::<usize>();
         let fair = all * heads.num_key_value_heads / (MIN_TASKS_PER_THREAD * self.turn.threads());
         let block = block * fair.div_ceil(block).clamp(1, MAX_QUERY_BLOCKS);
-        // The last tokens see most keys: the longest tasks come first.
+        // Head by head, so that the second-level cache keeps what they read; the last tokens see most keys: a
+        // head's longest tasks come first.
         let mut tasks = Vec::new();
         for segment in segments {
             for start in (0..segment.rows.len()).step_by(block).rev() {

@@ -1,5 +1,7 @@
 //! Every kernel of every instruction set against the scalar one, and the scalar ones against formulas.
 
+use std::f32::consts::LOG2_E;
+
 use proptest::prelude::*;
 
 use crate::{
@@ -47,13 +49,14 @@ fn pack(engine: &Engine, outputs: usize, inputs: usize, weights: &[f32]) -> Pack
 /// Rows of queries, keys and values in both forms.
 fn projection(heads: &Heads, numbers: Vec<f32>) -> Projection {
     let mut projection = Projection::default();
-    let all = numbers.chunks_exact(heads.head_dim);
     let width = Projection::width(heads);
     projection.words.grow(numbers.len() / heads.qkv_width() * width);
     let words = projection.words.chunks_exact_mut(Projection::place(heads, 0, 1));
-    for (words, numbers) in words.zip(all) {
+    for (i, (words, numbers)) in words.zip(numbers.chunks_exact(heads.head_dim)).enumerate() {
+        let query = i % (heads.qkv_width() / heads.head_dim) < heads.num_attention_heads;
+        let scale = if query { LOG2_E } else { 1.0 };
         for (word, x) in words.iter_mut().zip(numbers) {
-            let bits = x.to_bits();
+            let bits = (x * scale).to_bits();
             *word = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16;
         }
     }
@@ -677,6 +680,53 @@ fn positions_are_filled_in_runs() {
         extensions.reverse();
         pass.extend(heads, &x, &mut extensions);
         assert!(held(&runs) == held(&whole), "{isa}");
+    }
+}
+
+/// Scores beyond what their exponentials can hold, of both signs and beside small ones.
+#[test]
+fn scores_may_be_of_any_size() {
+    let heads = Heads { num_attention_heads: 2, num_key_value_heads: 1, head_dim: 16 };
+    let (rows, dim, width) = (100, heads.head_dim, heads.qkv_width());
+    let queries_of = |sizes: [f32; 3]| {
+        let mut x = noise(3, rows * width);
+        for (row, x) in x.chunks_exact_mut(width).enumerate() {
+            // The largest score has the last of 37 keys, or the first.
+            x[..2 * dim].fill(sizes[row % 3]);
+            x[2 * dim..3 * dim].fill((row % 37 + 5) as f32);
+        }
+        x
+    };
+    let mixed = queries_of([1e-3, 1.0, -1.0]);
+    let expected = plain_attention(&AttentionTask {
+        heads: 2,
+        first: 0,
+        tokens: rows,
+        head_dim: dim,
+        queries: &mixed,
+        query_stride: width,
+        keys: &mixed[2 * dim..],
+        values: &mixed[3 * dim..],
+        stride: width,
+    });
+    for isa in Isa::available() {
+        let engine = Engine::new(Some(isa), Some(1)).unwrap();
+        let run = |x: Vec<f32>| {
+            let (pass, x, mut cache) = (engine.pass(), projection(&heads, x), KeyValues::default());
+            extend(&pass, heads, &x, &[rows], &mut cache);
+            let mut out = Intermediate::default();
+            let segment = Segment { rows: 0..rows, first: 0, cache: &cache };
+            pass.attention(heads, &[segment], &x, &mut out);
+            numbers(out)
+        };
+        let (found, small) = (run(mixed.clone()), run(queries_of([1e-3; 3])));
+        for (i, found) in found.iter().enumerate() {
+            let (row, head) = (i / (2 * dim), i / dim % 2);
+            let exact = expected[(head * rows + row) * dim + i % dim];
+            assert!((f64::from(*found) - exact).abs() < 0.01, "{isa}: {found}, exactly {exact}");
+            // A column's result does not depend on those beside it.
+            assert!(row % 3 != 0 || *found == small[i], "{isa}");
+        }
     }
 }
 

@@ -1,17 +1,19 @@
-//! Causal attention on tiles of bf16 numbers, with a running softmax.
+//! Causal attention on tiles of bf16 numbers.
 //!
 //! The steps are those of [`crate::attention`]: queries stand in columns, so that the softmax runs over whole
 //! registers of them. Here a column is a token and one of the query heads that share keys and values; 32
 //! columns go through all blocks of keys, and all that belongs to them stays in the first-level cache.
 //!
-//! A column's maximum is only raised when a block exceeds it by [`SLACK`]: then earlier sums are
-//! scaled, which hardly ever happens after the first block. A weight is at most `2^SLACK`.
+//! Queries are scaled so that the weight of a score `s` is `2ˢ⁻ʳ`. The reference `r` is zero, and no
+//! maximum is looked for: fp32 and bf16 hold the weights of all scores that a trained model has. Where the
+//! weights of a column sum up to what is not [`IN_RANGE`], its largest score becomes the reference, and all
+//! is computed once more.
 
-use std::{arch::x86_64::*, cell::RefCell};
+use std::{arch::x86_64::*, array, cell::RefCell, ops::RangeInclusive};
 
 use super::{
-    exp2,
-    tiles::{ROW_BYTES, ROWS, Tiles, tile_asm},
+    power_of_two,
+    tiles::{ROW_BYTES, ROWS, TILE_BYTES, Tiles, tile_asm},
 };
 use crate::{
     avx512bf16::INTERLEAVE,
@@ -24,15 +26,12 @@ use crate::{
 /// Columns that go through all keys together: two tiles.
 pub(super) const COLUMNS: usize = 2 * LANES;
 
-/// By how much scores may exceed the maximum that weights are relative to, in powers of two.
-const SLACK: f32 = 8.0;
+/// Sums of weights without a loss that matters: weights below `2⁻¹²⁶` become zero, those from `2¹²⁸` on infinite.
+const IN_RANGE: RangeInclusive<f32> = 1e-18..=1e18;
 
-/// Cache lines that are fetched while weights of four keys are computed: over a block, as many as 64 keys or
-/// values of 64 numbers have.
-const LINES_PER_STEP: usize = 8;
-
-/// A row of a tile: 16 pairs of bf16 numbers.
-type Row = [u32; LANES];
+/// What is left of a weight rounded towards zero to bf16, on average: of mantissas whose logarithms are
+/// evenly spread.
+const ROUNDED: f32 = 1.0 - 1.0 / 354.9;
 
 /// A register of fp32 numbers in memory.
 #[derive(Clone, Copy)]
@@ -40,9 +39,7 @@ type Row = [u32; LANES];
 struct Numbers([f32; LANES]);
 
 impl Numbers {
-    const fn of(x: f32) -> Self {
-        Self([x; LANES])
-    }
+    const ZERO: Self = Self([0.0; LANES]);
 
     #[inline]
     #[target_feature(enable = "avx512f")]
@@ -62,34 +59,42 @@ impl Numbers {
 /// A register of pairs of bf16 numbers in memory.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Pairs(Row);
+struct Pairs([u32; LANES]);
 
-/// What belongs to one tile of columns.
-struct Column {
-    /// `[BLOCK]`: scores.
-    scores: [Numbers; BLOCK],
-    /// `[BLOCK / 2]`: weights of pairs of keys.
-    weights: [Pairs; BLOCK / 2],
-    max: Numbers,
-    /// Sums of weights; four, so that they need not wait for each other.
-    totals: [Numbers; 4],
+impl Pairs {
+    const ZERO: Self = Self([0; LANES]);
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn store(&mut self, x: __m512i) {
+        // SAFETY: there are 16 pairs, aligned.
+        unsafe { _mm512_store_si512(self.0.as_mut_ptr().cast(), x) }
+    }
 }
 
-/// Buffers of a task.
-struct Scratch {
-    /// `[2, row / 2]`: queries, pairs of neighbours in a head.
-    queries: Vec<Pairs>,
-    /// `[2, row]`: sums of weighted values.
-    sums: Vec<Numbers>,
-    states: [Column; 2],
+/// Rows of both tiles of columns.
+type Both<T> = [[T; ROWS]; 2];
+
+/// What belongs to 32 columns.
+struct Columns {
+    places: Places,
+    /// `[row / GROUP]`: queries, pairs of neighbours in a head.
+    queries: Vec<Both<Pairs>>,
+    /// Scores of a block of keys.
+    scores: [Both<Numbers>; BLOCK / ROWS],
+    /// Weights of pairs of keys of a block.
+    weights: [Both<Pairs>; BLOCK / GROUP],
+    /// Sums of weights in each tile, of even and of odd keys.
+    totals: [[Numbers; 2]; 2],
+    /// `[row / ROWS]`: sums of weighted values.
+    sums: Vec<Both<Numbers>>,
+    /// Scores whose weight is one, if not zero.
+    references: Option<[Numbers; 2]>,
 }
 
 thread_local! {
     /// Buffers of attention, some 24 KiB per thread.
-    static SCRATCH: RefCell<Scratch> = const {
-        let states = [const { Column::new() }; 2];
-        RefCell::new(Scratch { queries: Vec::new(), sums: Vec::new(), states })
-    };
+    static SCRATCH: RefCell<Columns> = const { RefCell::new(Columns::NEW) };
 }
 
 /// Attention of the columns of a task.
@@ -98,83 +103,23 @@ thread_local! {
 /// The rows and heads of the task's columns must belong to it alone.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
 pub(super) unsafe fn attention(task: &TileAttention<'_>) {
-    SCRATCH.with_borrow_mut(|scratch| {
+    SCRATCH.with_borrow_mut(|columns| {
         // SAFETY: this table of kernels is handed out where AMX is available.
         let tiles = unsafe { Tiles::new() };
         for first in task.columns.clone().step_by(COLUMNS) {
-            // SAFETY: this function's contract.
-            unsafe { columns(task, first, scratch) };
+            columns.start(task, first);
+            // SAFETY: this function's contract; tiles are configured.
+            unsafe {
+                columns.add_keys(task);
+                if columns.out_of_range() != [0; 2] {
+                    columns.refer_to_largest(task);
+                    columns.add_keys(task);
+                }
+                columns.finish(task);
+            }
         }
         drop(tiles);
     });
-}
-
-/// Attention of 32 columns from `first` on; those beyond the last one repeat it.
-///
-/// # Safety
-/// As [`attention`]; tiles must be configured.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-unsafe fn columns(task: &TileAttention<'_>, first: usize, scratch: &mut Scratch) {
-    let row = task.shape.row;
-    let places = places(task, first);
-    scratch.queries.resize(row, Pairs([0; LANES]));
-    scratch.sums.resize(2 * row, Numbers::of(0.0));
-    for (half, queries) in scratch.queries.chunks_exact_mut(row / 2).enumerate() {
-        let of = |i: usize| &task.queries[places.query[half * LANES + i]..][..row];
-        for (part, queries) in queries.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            // SAFETY: every query has a whole number of 32 words.
-            let words = |i| unsafe { _mm512_loadu_si512(of(i)[part * GROUP..].as_ptr().cast()) };
-            for (queries, words) in queries.iter_mut().zip(transpose(std::array::from_fn(words))) {
-                // SAFETY: there are 16 pairs.
-                unsafe { _mm512_store_si512(queries.0.as_mut_ptr().cast(), words) };
-            }
-        }
-    }
-    scratch.states.iter_mut().for_each(Column::reset);
-    let positions: [_; 2] = std::array::from_fn(|half| {
-        let positions = &places.position[half * LANES..][..LANES];
-        // SAFETY: there are 16 positions.
-        unsafe { _mm512_loadu_si512(positions.as_ptr().cast()) }
-    });
-    let (earliest, end) = (places.position[0] as usize, places.position[COLUMNS - 1] as usize + 1);
-    for start in (0..end).step_by(BLOCK) {
-        // Whole groups, of which the keys after the last column are masked.
-        let len = (end - start).next_multiple_of(GROUP).min(BLOCK);
-        let block = &task.words[start / BLOCK * task.shape.block()..][..2 * task.shape.half()];
-        let (keys, values) = block.split_at(task.shape.half());
-        // What is read after the weights comes into the first-level cache while they are computed.
-        let next = task.words.get((start / BLOCK + 1) * task.shape.block()..).unwrap_or(keys);
-        // SAFETY: this function's contract.
-        unsafe { scores(&keys[..len * row], row, &scratch.queries, &mut scratch.states) };
-        let states = scratch.states.iter_mut().zip([values, next]);
-        for (((state, fetch), positions), sums) in
-            states.zip(positions).zip(scratch.sums.chunks_exact_mut(row))
-        {
-            // Before the first block there are no sums.
-            let sums = if start == 0 { &mut [] } else { sums };
-            if earliest + 1 >= start + len {
-                state.softmax::<false>(len, positions, sums, fetch);
-            } else {
-                // The last key that a column sees, counted from the first of the block.
-                let seen = _mm512_sub_epi32(positions, _mm512_set1_epi32(start as i32));
-                state.softmax::<true>(len, seen, sums, fetch);
-            }
-        }
-        // SAFETY: as above.
-        unsafe {
-            if start == 0 {
-                add_values::<false>(values, len, &scratch.states, &mut scratch.sums);
-            } else {
-                add_values::<true>(values, len, &scratch.states, &mut scratch.sums);
-            }
-        }
-    }
-    for (half, (state, sums)) in
-        scratch.states.iter().zip(scratch.sums.chunks_exact_mut(row)).enumerate()
-    {
-        // SAFETY: as above.
-        unsafe { state.finish(task, &places, half * LANES, sums) };
-    }
 }
 
 /// Where each of 32 columns is.
@@ -189,147 +134,257 @@ struct Places {
     len: usize,
 }
 
-/// Places of the columns from `first` on; those beyond the last one repeat it.
-fn places(task: &TileAttention<'_>, first: usize) -> Places {
-    let len = COLUMNS.min(task.columns.end - first);
-    let mut places =
-        Places { query: [0; COLUMNS], position: [0; COLUMNS], out: [(0, 0); COLUMNS], len };
-    let (mut token, mut head) = (first / task.group, first % task.group);
-    for i in 0..COLUMNS {
-        places.query[i] = token * task.query_stride + head * task.shape.row;
-        places.position[i] = (task.first + token) as i32;
-        places.out[i] = (task.out_row + token, task.out_column + head * task.head_dim);
-        if i + 1 < len {
-            head += 1;
-            if head == task.group {
-                (token, head) = (token + 1, 0);
+impl Places {
+    const NONE: Self =
+        Self { query: [0; COLUMNS], position: [0; COLUMNS], out: [(0, 0); COLUMNS], len: 0 };
+
+    /// Places of the columns from `first` on; those beyond the last one repeat it.
+    fn of(task: &TileAttention<'_>, first: usize) -> Self {
+        let len = COLUMNS.min(task.columns.end - first);
+        let mut places = Self { len, ..Self::NONE };
+        let (mut token, mut head) = (first / task.group, first % task.group);
+        for i in 0..COLUMNS {
+            places.query[i] = token * task.query_stride + head * task.shape.row;
+            places.position[i] = (task.first + token) as i32;
+            places.out[i] = (task.out_row + token, task.out_column + head * task.head_dim);
+            if i + 1 < len {
+                head += 1;
+                if head == task.group {
+                    (token, head) = (token + 1, 0);
+                }
             }
         }
+        places
     }
-    places
+
+    /// The number of positions that the last column sees.
+    fn end(&self) -> usize {
+        self.position[COLUMNS - 1] as usize + 1
+    }
+
+    /// Blocks of keys: their first position, how many of their keys are read, and their keys and values. These
+    /// are whole groups, of which the keys after the last column are masked.
+    fn blocks<'a>(
+        &self,
+        task: &TileAttention<'a>,
+    ) -> impl Iterator<Item = (usize, usize, &'a [u16], &'a [u16])> + use<'a> {
+        let (words, shape, end) = (task.words, task.shape, self.end());
+        (0..end).step_by(BLOCK).map(move |start| {
+            let block = &words[start / BLOCK * shape.block()..][..2 * shape.half()];
+            let (keys, values) = block.split_at(shape.half());
+            (start, (end - start).next_multiple_of(GROUP).min(BLOCK), keys, values)
+        })
+    }
 }
 
-impl Column {
-    const fn new() -> Self {
-        Self {
-            scores: [Numbers::of(0.0); BLOCK],
-            weights: [Pairs([0; LANES]); BLOCK / 2],
-            max: Numbers::of(f32::NEG_INFINITY),
-            totals: [Numbers::of(0.0); 4],
+impl Columns {
+    const NEW: Self = Self {
+        places: Places::NONE,
+        queries: Vec::new(),
+        scores: [[[Numbers::ZERO; ROWS]; 2]; BLOCK / ROWS],
+        weights: [[[Pairs::ZERO; ROWS]; 2]; BLOCK / GROUP],
+        totals: [[Numbers::ZERO; 2]; 2],
+        sums: Vec::new(),
+        references: None,
+    };
+
+    /// Takes the queries of the columns from `first` on.
+    #[target_feature(enable = "avx512f")]
+    fn start(&mut self, task: &TileAttention<'_>, first: usize) {
+        let row = task.shape.row;
+        self.places = Places::of(task, first);
+        self.references = None;
+        self.queries.resize(row / GROUP, [[Pairs::ZERO; ROWS]; 2]);
+        self.sums.resize(row / ROWS, [[Numbers::ZERO; ROWS]; 2]);
+        for (part, queries) in self.queries.iter_mut().enumerate() {
+            for (half, queries) in queries.iter_mut().enumerate() {
+                let words = array::from_fn(|i| {
+                    let query = self.places.query[half * LANES + i];
+                    let words = &task.queries[query + part * GROUP..][..GROUP];
+                    // SAFETY: there are 32 words.
+                    unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
+                });
+                for (queries, words) in queries.iter_mut().zip(transpose(words)) {
+                    queries.store(words);
+                }
+            }
         }
     }
 
-    /// Forgets all keys.
-    fn reset(&mut self) {
-        self.max = Numbers::of(f32::NEG_INFINITY);
-        self.totals = [Numbers::of(0.0); 4];
+    /// Weighs the values of all keys that the columns see.
+    ///
+    /// # Safety
+    /// Tiles must be configured.
+    #[target_feature(enable = "avx512f,avx512dq")]
+    unsafe fn add_keys(&mut self, task: &TileAttention<'_>) {
+        self.totals = [[Numbers::ZERO; 2]; 2];
+        for (start, len, keys, values) in self.places.blocks(task) {
+            // SAFETY: this function's contract.
+            unsafe {
+                self.score(keys, len);
+                self.weigh(start, len);
+                self.add_values(values, start, len);
+            }
+        }
     }
 
-    /// Turns the scores of the first `len` keys into weights, and scales earlier sums where a maximum
-    /// is raised. With `MASKED`, keys after number `seen` of the block weigh nothing. The first lines of `fetch`
-    /// come into the first-level cache meanwhile.
+    /// Scores of the first `len` keys of a block: `K Qᵀ`.
+    ///
+    /// # Safety
+    /// Tiles must be configured.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-    fn softmax<const MASKED: bool>(
-        &mut self,
-        len: usize,
-        seen: __m512i,
-        sums: &mut [Numbers],
-        fetch: &[u16],
-    ) {
-        let log2_e = _mm512_set1_ps(std::f32::consts::LOG2_E);
-        let visible = |j: usize| {
-            if MASKED { _mm512_cmpge_epi32_mask(seen, _mm512_set1_epi32(j as i32)) } else { !0 }
-        };
-        // NaN is passed over here; it comes back through the exponential.
-        let mut max = self.max.load();
-        let mut largest = [max; 4];
-        for (j, scores) in self.scores[..len].as_chunks::<4>().0.iter().enumerate() {
-            for (i, scores) in scores.iter().enumerate() {
-                let mask = visible(4 * j + i);
-                largest[i] = _mm512_mask_max_ps(largest[i], mask, scores.load(), largest[i]);
+    unsafe fn score(&mut self, keys: &[u16], len: usize) {
+        let steps = self.queries.len();
+        assert!(len <= BLOCK && keys.len() >= len * steps * GROUP);
+        let keys = Tiled { start: keys.as_ptr(), row: steps * ROW_BYTES, step: ROW_BYTES };
+        let (queries, scores) = (self.queries.as_ptr().cast(), self.scores.as_mut_ptr().cast());
+        // SAFETY: this function's contract; whole groups of keys, all queries, and room for the scores.
+        unsafe { multiply::<false>(keys, queries, scores, len / GROUP, steps) };
+    }
+
+    /// Turns the scores of the first `len` keys into weights.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq")]
+    fn weigh(&mut self, start: usize, len: usize) {
+        let earliest = self.places.position[0] as usize;
+        for group in 0..len / GROUP {
+            let start = start + group * GROUP;
+            if self.references.is_none() && start + GROUP <= earliest + 1 {
+                self.weigh_group(group, |_, _, score| exp2(score));
+                continue;
             }
-        }
-        let largest = _mm512_max_ps(
-            _mm512_max_ps(largest[0], largest[1]),
-            _mm512_max_ps(largest[2], largest[3]),
-        );
-        let slack = _mm512_set1_ps(SLACK * std::f32::consts::LN_2);
-        let raised = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(largest, _mm512_add_ps(max, slack));
-        if raised != 0 {
-            let fall = exp2(_mm512_mul_ps(_mm512_sub_ps(max, largest), log2_e));
-            let factor = _mm512_mask_mov_ps(_mm512_set1_ps(1.0), raised, fall);
-            max = _mm512_mask_mov_ps(max, raised, largest);
-            self.max.store(max);
-            for sum in self.totals.iter_mut().chain(sums) {
-                sum.store(_mm512_mul_ps(sum.load(), factor));
-            }
-        }
-        let zero = _mm512_mul_ps(max, log2_e);
-        let mut totals = self.totals.each_ref().map(|total| total.load());
-        let fours = self.scores[..len].as_chunks::<4>().0.iter();
-        for (j, (scores, pairs)) in fours.zip(self.weights.as_chunks_mut::<2>().0).enumerate() {
-            for line in LINES_PER_STEP * j..LINES_PER_STEP * (j + 1) {
-                _mm_prefetch::<_MM_HINT_T0>(fetch.as_ptr().wrapping_add(GROUP * line).cast());
-            }
-            let weights: [_; 4] = std::array::from_fn(|i| {
-                let weight = exp2(_mm512_fmsub_ps(scores[i].load(), log2_e, zero));
-                if MASKED { _mm512_maskz_mov_ps(visible(4 * j + i), weight) } else { weight }
+            let references = self.references.unwrap_or([Numbers::ZERO; 2]);
+            // SAFETY: there are 32 positions.
+            let positions = [0, LANES].map(|first| unsafe {
+                _mm512_loadu_si512(self.places.position[first..].as_ptr().cast())
             });
-            totals = std::array::from_fn(|i| _mm512_add_ps(totals[i], weights[i]));
-            for (i, pairs) in pairs.iter_mut().enumerate() {
-                let words = pair(weights[2 * i], weights[2 * i + 1]);
-                // SAFETY: there are 16 pairs.
-                unsafe { _mm512_store_si512(pairs.0.as_mut_ptr().cast(), words) };
-            }
-        }
-        for (sum, total) in self.totals.iter_mut().zip(totals) {
-            sum.store(total);
+            self.weigh_group(group, |half, key, score| {
+                let key = _mm512_set1_epi32((start + key) as i32);
+                let visible = _mm512_cmpge_epi32_mask(positions[half], key);
+                let weight = exp2(_mm512_sub_ps(score, references[half].load()));
+                _mm512_maskz_mov_ps(visible, weight)
+            });
         }
     }
 
-    /// Divides by the sums of weights and writes the columns from number `first` of the 32 on.
+    /// Makes `weight(tile of columns, key, scores)` the weights of a group of keys, and adds them up.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn weigh_group(&mut self, group: usize, weight: impl Fn(usize, usize, __m512) -> __m512) {
+        let scores = &self.scores[group * GROUP / ROWS..];
+        for (half, words) in self.weights[group].iter_mut().enumerate() {
+            let mut totals = self.totals[half].each_ref().map(|total| total.load());
+            for (i, words) in words.iter_mut().enumerate() {
+                let weights = [2 * i, 2 * i + 1]
+                    .map(|key| weight(half, key, scores[key / ROWS][half][key % ROWS].load()));
+                totals = array::from_fn(|odd| _mm512_add_ps(totals[odd], weights[odd]));
+                words.store(pair(weights));
+            }
+            for (sum, total) in self.totals[half].iter_mut().zip(totals) {
+                sum.store(total);
+            }
+        }
+    }
+
+    /// Adds the weighted values of a block's first `len` keys: `Vᵀ Pᵀ`. With the first block the sums begin.
+    ///
+    /// # Safety
+    /// As [`Columns::score`].
+    #[inline]
+    unsafe fn add_values(&mut self, values: &[u16], start: usize, len: usize) {
+        let (row, steps) = (self.sums.len() * ROWS, len / GROUP);
+        assert!(len <= BLOCK && values.len() >= row * len);
+        let values = Tiled { start: values.as_ptr(), row: ROW_BYTES, step: row * ROW_BYTES };
+        let (weights, sums) = (self.weights.as_ptr().cast(), self.sums.as_mut_ptr().cast());
+        let product = if start == 0 { multiply::<false> } else { multiply::<true> };
+        // SAFETY: this function's contract; all places in the head by whole groups of keys, weights of as many,
+        // and sums for all places.
+        unsafe { product(values, weights, sums, row / GROUP, steps) };
+    }
+
+    /// Sums of the columns' weights, as they were before they were rounded.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn totals(&self) -> [__m512; 2] {
+        self.totals.each_ref().map(|[even, odd]| _mm512_add_ps(even.load(), odd.load()))
+    }
+
+    /// The columns whose weights sum up to what is out of range.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn out_of_range(&self) -> [__mmask16; 2] {
+        let [least, most] = [IN_RANGE.start(), IN_RANGE.end()].map(|x| _mm512_set1_ps(*x));
+        // NaN is out of range.
+        self.totals().map(|total| {
+            let enough = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(total, least);
+            !_mm512_mask_cmp_ps_mask::<_CMP_LE_OQ>(enough, total, most)
+        })
+    }
+
+    /// Makes the largest score of those columns their reference.
+    ///
+    /// # Safety
+    /// Tiles must be configured.
+    #[cold]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn refer_to_largest(&mut self, task: &TileAttention<'_>) {
+        let mut largest = [[f32::NEG_INFINITY; LANES]; 2];
+        for (start, len, keys, _) in self.places.blocks(task) {
+            // SAFETY: this function's contract.
+            unsafe { self.score(keys, len) };
+            for (key, column) in (0..len).flat_map(|key| (0..COLUMNS).map(move |i| (key, i))) {
+                let (half, i) = (column / LANES, column % LANES);
+                if (start + key) as i32 <= self.places.position[column] {
+                    // NaN is passed over here; it comes back with the weights.
+                    let score = self.scores[key / ROWS][half][key % ROWS].0[i];
+                    largest[half][i] = largest[half][i].max(score);
+                }
+            }
+        }
+        let chosen = self.out_of_range();
+        let reference =
+            |half: usize, i| if chosen[half] >> i & 1 == 1 { largest[half][i] } else { 0.0 };
+        self.references = Some([0, 1].map(|half| Numbers(array::from_fn(|i| reference(half, i)))));
+    }
+
+    /// Divides by the sums of weights and writes the result.
     ///
     /// # Safety
     /// As [`attention`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn finish(
-        &self,
-        task: &TileAttention<'_>,
-        places: &Places,
-        first: usize,
-        sums: &[Numbers],
-    ) {
-        let [a, b, c, d] = self.totals.each_ref().map(|total| total.load());
-        let total = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
-        let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), total);
+    unsafe fn finish(&self, task: &TileAttention<'_>) {
         let dim = task.head_dim;
         // SAFETY: there are 32 numbers.
         let interleave = unsafe { _mm512_loadu_si512(INTERLEAVE.as_ptr().cast()) };
-        for (part, sums) in sums.as_chunks::<GROUP>().0.iter().enumerate() {
-            let pairs = std::array::from_fn(|i| {
-                let [a, b] = [0, 1].map(|odd| _mm512_mul_ps(sums[2 * i + odd].load(), inverse));
-                // SAFETY: any pattern is a row of bf16 numbers.
-                let halves =
-                    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a)) };
-                _mm512_permutexvar_epi16(interleave, halves)
-            });
-            let outs = places.out[..places.len].iter().skip(first);
-            for ((row, column), words) in outs.zip(transpose(pairs)) {
-                let place =
-                    |i| Intermediate::place(task.out_width, *row, column + part * GROUP + i);
-                // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
-                unsafe {
-                    if dim.is_multiple_of(GROUP) {
-                        let out = task.out.range(place(0), GROUP);
-                        _mm512_storeu_si512(out.as_mut_ptr().cast(), words);
-                        continue;
-                    }
-                    // The head may end in one tile and begin in another.
-                    let words: [u16; GROUP] = std::mem::transmute(words);
-                    for (i, word) in words.into_iter().enumerate().take(dim - part * GROUP) {
-                        task.out.range(place(i), 1)[0] = word;
+        for (half, total) in self.totals().into_iter().enumerate() {
+            let inverse = _mm512_div_ps(_mm512_set1_ps(1.0 / ROUNDED), total);
+            for (part, sums) in self.sums.as_chunks::<2>().0.iter().enumerate() {
+                let pairs = array::from_fn(|i| {
+                    let sums = &sums[2 * i / ROWS][half][2 * i % ROWS..];
+                    let [a, b] = [0, 1].map(|odd| _mm512_mul_ps(sums[odd].load(), inverse));
+                    // SAFETY: any pattern is a row of bf16 numbers.
+                    let halves = unsafe {
+                        std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a))
+                    };
+                    _mm512_permutexvar_epi16(interleave, halves)
+                });
+                let outs = self.places.out[..self.places.len].iter().skip(half * LANES);
+                for ((row, column), words) in outs.zip(transpose(pairs)) {
+                    let place =
+                        |i| Intermediate::place(task.out_width, *row, column + part * GROUP + i);
+                    // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
+                    unsafe {
+                        if dim.is_multiple_of(GROUP) {
+                            let out = task.out.range(place(0), GROUP);
+                            _mm512_storeu_si512(out.as_mut_ptr().cast(), words);
+                            continue;
+                        }
+                        // The head may end in one tile and begin in another.
+                        let words: [u16; GROUP] = std::mem::transmute(words);
+                        for (i, word) in words.into_iter().enumerate().take(dim - part * GROUP) {
+                            task.out.range(place(i), 1)[0] = word;
+                        }
                     }
                 }
             }
@@ -337,144 +392,104 @@ impl Column {
     }
 }
 
-/// Scores of a block's keys: `K Qᵀ`.
-///
-/// # Safety
-/// Tiles must be configured.
-#[inline]
-unsafe fn scores(keys: &[u16], row: usize, queries: &[Pairs], states: &mut [Column; 2]) {
-    let steps = row / GROUP;
-    let [left, right] = states;
-    let queries = [queries.as_ptr(), queries[row / 2..].as_ptr()];
-    let tiles = left.scores.as_chunks_mut::<GROUP>().0.iter_mut();
-    let tiles = tiles.zip(right.scores.as_chunks_mut::<GROUP>().0);
-    for (keys, (left, right)) in keys.chunks_exact(GROUP * row).zip(tiles) {
-        let keys = [keys.as_ptr(), keys[ROWS * row..].as_ptr()];
-        let sums = [
-            left.as_mut_ptr(),
-            right.as_mut_ptr(),
-            left[ROWS..].as_mut_ptr(),
-            right[ROWS..].as_mut_ptr(),
-        ];
-        // SAFETY: this function's contract; 32 keys of whole steps, as many pairs of queries, and
-        // sums of 32 keys by two columns.
-        unsafe { multiply::<false>(keys, 2 * row, ROW_BYTES, queries, steps, sums) };
-    }
+/// The left side of a product: tiles of rows that lie `row` bytes apart, each tile `step` bytes after the one
+/// before it.
+struct Tiled {
+    start: *const u16,
+    row: usize,
+    step: usize,
 }
 
-/// The weighted values of a block's first `len` keys, `Vᵀ Pᵀ`, added to `sums` or put in their place.
+/// `pairs` times two tiles of rows by two tiles of columns, in which everything but `a` lies row after row: `steps`
+/// tiles of `a` in each row of tiles, as many pairs of tiles `b`, and pairs of tiles of sums `c`.
 ///
 /// # Safety
-/// As [`scores`].
-#[inline]
-unsafe fn add_values<const ADD: bool>(
-    values: &[u16],
-    len: usize,
-    states: &[Column; 2],
-    sums: &mut [Numbers],
-) {
-    let row = sums.len() / 2;
-    let weights = [states[0].weights.as_ptr(), states[1].weights.as_ptr()];
-    let (left, right) = sums.split_at_mut(row);
-    for first in (0..row).step_by(GROUP) {
-        let values = &values[first * GROUP..];
-        let values = [values.as_ptr(), values[ROWS * GROUP..].as_ptr()];
-        let (left, right) = (&mut left[first..], &mut right[first..]);
-        let sums = [
-            left.as_mut_ptr(),
-            right.as_mut_ptr(),
-            left[ROWS..].as_mut_ptr(),
-            right[ROWS..].as_mut_ptr(),
-        ];
-        // SAFETY: this function's contract; 32 places in the head for whole groups of keys, pairs of
-        // weights for as many, and sums of 32 places by two columns.
-        unsafe {
-            multiply::<ADD>(values, ROW_BYTES, row * ROW_BYTES, weights, len / GROUP, sums);
-        }
-    }
-}
-
-/// Two tiles of rows by two tiles of columns, in which everything but `a` lies row after row.
-///
-/// A tile of `a` has rows `stride` bytes apart, and comes `step` bytes after the one before it.
-///
-/// # Safety
-/// Tiles must be configured, and there must be `steps` of them in each of `a`
-/// and `b`.
+/// Tiles must be configured, and all that is named must be there.
 #[inline]
 unsafe fn multiply<const ADD: bool>(
-    a: [*const u16; 2],
-    stride: usize,
-    step: usize,
-    b: [*const Pairs; 2],
+    a: Tiled,
+    b: *const Pairs,
+    c: *mut Numbers,
+    pairs: usize,
     steps: usize,
-    c: [*mut Numbers; 4],
 ) {
-    macro_rules! call {
+    macro_rules! product {
         ($($start:literal,)*) => {
             tile_asm!(
-                $($start,)*
                 "2:",
-                "tileloadd tmm4, [{upper} + {stride}]",
-                "tileloadd tmm6, [{left} + {line}]",
-                "tileloadd tmm7, [{right} + {line}]",
-                "tileloadd tmm5, [{lower} + {stride}]",
+                $($start,)*
+                "mov {left}, {steps}",
+                "3:",
+                "tileloadd tmm4, [{a} + {row}]",
+                "tileloadd tmm6, [{b} + {line}]",
+                "tileloadd tmm7, [{b} + {line} + 1024]",
+                "tileloadd tmm5, [{lower} + {row}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {upper}, {step}",
+                "add {a}, {step}",
                 "add {lower}, {step}",
-                "add {left}, 1024",
-                "add {right}, 1024",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{c0} + {line}], tmm0",
-                "tilestored [{c1} + {line}], tmm1",
-                "tilestored [{c2} + {line}], tmm2",
-                "tilestored [{c3} + {line}], tmm3",;
-                upper = inout(reg) a[0] => _,
-                lower = inout(reg) a[1] => _,
-                stride = in(reg) stride,
-                step = in(reg) step,
-                left = inout(reg) b[0] => _,
-                right = inout(reg) b[1] => _,
+                "add {b}, 2048",
+                "dec {left}",
+                "jnz 3b",
+                "tilestored [{c} + {line}], tmm0",
+                "tilestored [{c} + {line} + 1024], tmm1",
+                "tilestored [{c} + {line} + 2048], tmm2",
+                "tilestored [{c} + {line} + 3072], tmm3",
+                "add {c}, 4096",
+                "add {a}, {next}",
+                "add {lower}, {next}",
+                "sub {b}, {back}",
+                "dec {pairs}",
+                "jnz 2b",;
+                a = inout(reg) a.start => _,
+                lower = inout(reg) a.start.wrapping_byte_add(ROWS * a.row) => _,
+                row = in(reg) a.row,
+                step = in(reg) a.step,
+                next = in(reg) (2 * ROWS * a.row).wrapping_sub(steps * a.step),
+                b = inout(reg) b => _,
+                back = in(reg) steps * 2 * TILE_BYTES,
                 line = in(reg) ROW_BYTES,
-                steps = inout(reg) steps => _,
-                c0 = in(reg) c[0],
-                c1 = in(reg) c[1],
-                c2 = in(reg) c[2],
-                c3 = in(reg) c[3],
+                steps = in(reg) steps,
+                left = out(reg) _,
+                c = inout(reg) c => _,
+                pairs = inout(reg) pairs => _,
             )
         };
     }
     // SAFETY: this function's contract.
     unsafe {
         if ADD {
-            call!(
-                "tileloadd tmm0, [{c0} + {line}]",
-                "tileloadd tmm1, [{c1} + {line}]",
-                "tileloadd tmm2, [{c2} + {line}]",
-                "tileloadd tmm3, [{c3} + {line}]",
+            product!(
+                "tileloadd tmm0, [{c} + {line}]",
+                "tileloadd tmm1, [{c} + {line} + 1024]",
+                "tileloadd tmm2, [{c} + {line} + 2048]",
+                "tileloadd tmm3, [{c} + {line} + 3072]",
             );
         } else {
-            call!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",);
+            product!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",);
         }
     }
 }
 
-/// Pairs of the nearest bf16 numbers, of two the upper one. Quicker than the conversion of the instruction
-/// set and a permutation; for numbers that are not negative.
+/// `2ˣ` within a part in 570, less than rounding to bf16 costs; NaN stays NaN.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn exp2(x: __m512) -> __m512 {
+    // The least relative error.
+    power_of_two(x, 0.337_189_43, [0.657_636_3, 1.001_724_8])
+}
+
+/// Pairs of bf16 numbers, rounded towards zero.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn pair(first: __m512, second: __m512) -> __m512i {
-    let half = _mm512_set1_epi32(0x8000);
-    let rounded = |x| _mm512_add_epi32(_mm512_castps_si512(x), half);
+fn pair([first, second]: [__m512; 2]) -> __m512i {
     // `a ? b : c` by the bits of the mask.
     const SELECT: i32 = 0xca;
+    let [first, second] = [first, second].map(|x| _mm512_castps_si512(x));
     let upper = _mm512_set1_epi32(!0xffff);
-    let first = _mm512_srli_epi32::<16>(rounded(first));
-    _mm512_ternarylogic_epi32::<SELECT>(upper, rounded(second), first)
+    _mm512_ternarylogic_epi32::<SELECT>(upper, second, _mm512_srli_epi32::<16>(first))
 }
 
 /// Transposes 16 rows of 16 words of 32 bits.

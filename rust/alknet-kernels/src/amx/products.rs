@@ -434,7 +434,7 @@ pub(super) unsafe fn qkv(product: &Product<'_>, heads: &Heads, angles: &[f32], o
     };
     for_blocks(product, pair, |block| {
         let (head, place) = (block.panels[0] / panels, block.panels[0] % panels * LANES);
-        let scale = heads.scale(head);
+        let scale = heads.scale_base_two(head);
         let start = Projection::place(heads, 0, head) + place;
         block.for_rows::<true>(|row, [a, b]| {
             let (mut low, mut high) = (a, b);
@@ -475,7 +475,7 @@ unsafe fn qkv_of_odd_heads(
     let mut tile = vec![0.0; rows.len() * panels.len() * LANES];
     matmul(x, rows.clone(), w, panels.clone(), &mut tile);
     let mut numbers = vec![0.0; rows.len() * task_heads.len() * dim];
-    let scales: Vec<_> = task_heads.clone().map(|head| heads.scale(head)).collect();
+    let scales: Vec<_> = task_heads.clone().map(|head| heads.scale_base_two(head)).collect();
     let tile_heads = TileHeads { head_dim: dim, padded, scales: &scales };
     let angles = &angles[rows.start * dim..];
     let place = Place { out: &Shared::new(&mut numbers), start: 0, stride: task_heads.len() * dim };

@@ -6,6 +6,8 @@ use std::arch::asm;
 pub(super) const ROWS: usize = 16;
 /// Bytes in a row of a tile.
 pub(super) const ROW_BYTES: usize = 64;
+/// Bytes in a tile.
+pub(super) const TILE_BYTES: usize = ROWS * ROW_BYTES;
 
 /// What `ldtilecfg` reads.
 #[repr(C, align(64))]
