@@ -5,8 +5,8 @@ fitted, so that a p-value speaks of text from a source never seen. Sources weigh
 text that were written for this project, most of them to resemble attacks, weigh less.
 
 The last length class is also that of every segment of a long document, which may be about many
-things: the long texts of a corpus mostly stay with one. Half of its weight is therefore that of
-documents joined at random until they are as long, if there are documents.
+things: the long texts of a corpus mostly stay with one. Three quarters of its weight are therefore
+those of documents joined at random until they are as long, if there are documents.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Upper bounds in tokens, inclusive; the last class also serves longer pieces.
-LENGTH_CLASSES = (16, 48, 128, 384, 1024)
+LENGTH_CLASSES = (16, 48, 128, 384, 640, 1024)
 
 N_KNOTS = 24
 
@@ -45,7 +45,7 @@ _TAIL_LEVELS = np.array([0.02, 0.01, 0.003, 0.001, 0.0001])
 _AUTHORED_WEIGHT = 0.6
 
 # Weight of joined documents in the last class.
-_JOINED_SHARE = 0.5
+_JOINED_SHARE = 0.75
 
 # A class with fewer texts than this borrows the neighbouring classes' texts.
 _ENOUGH = 400
