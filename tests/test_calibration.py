@@ -197,13 +197,13 @@ class TestNull:
         rows = [Row("text", False, "benign", "one", None)] * 1000
         knots, values = null.null_splines(rng.normal(size=1000), n_tokens, rows)
         p = [
-            10 ** -null.pchip_linear_above(knots[c], values[c], np.array([2.5]))[0] for c in (2, 4)
+            10 ** -null.pchip_linear_above(knots[c], values[c], np.array([2.5]))[0] for c in (2, 5)
         ]
         assert p[1] > 2 * p[0]
 
     def test_length_classes(self):
-        n_tokens = np.array([0, 16, 17, 48, 49, 1024, 5000])
-        assert null.length_class(n_tokens).tolist() == [0, 0, 1, 1, 2, 4, 4]
+        n_tokens = np.array([0, 16, 17, 48, 49, 640, 641, 1024, 5000])
+        assert null.length_class(n_tokens).tolist() == [0, 0, 1, 1, 2, 4, 5, 5, 5]
 
     @pytest.mark.parametrize("sign", [1, -1])
     def test_a_component_with_a_far_outlier_keeps_its_tails(self, sign):
@@ -359,7 +359,7 @@ class TestEvaluate:
     def test_families_and_languages_are_those_of_the_rows(self, report):
         assert report["families"].keys() == {"jailbreak", "redirect"}
         assert report["languages"].keys() == {"de", "unknown"}
-        assert list(report["lengths"]) == ["1–16", "17–48", "49–128", "129–384", "385–1024"]
+        assert list(report["lengths"]) == ["1–16", "17–48", "49–128", "129–384", "385–640"]
 
     def test_a_family_that_stands_out_less_is_caught_less(self):
         """Half of the indirect attacks hide: their family shows it, the others do not."""
