@@ -11,11 +11,12 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     alarm::{self, Alarm, AlarmLevel, Reason, Signal, Span, Thresholds},
+    batcher::Batcher,
     codebook::{Codebook, DirectionInfo, Fingerprint, Origin},
     error::{Error, Result},
     model::{Backend, TokenId, weights::Weights},
     normalize::{self, HiddenText, View, ViewKind},
-    project::Projector,
+    project::{Projections, Projector},
     reader::{Reader, ReaderOptions, passes, segments},
     score::{self, FrameScore},
     stream::Segment,
@@ -52,6 +53,7 @@ pub struct Input<'a> {
 /// A loaded detector: immutable, shared by all threads.
 pub struct Firewall {
     reader: Reader,
+    batcher: Batcher,
     codebook: Codebook,
     thresholds: Thresholds,
     max_tokens: Option<usize>,
@@ -130,6 +132,7 @@ impl Firewall {
             return Err(Error::Config("max_tokens is 0: nothing would be read".into()));
         }
         Ok(Self {
+            batcher: Batcher::new(reader.backend().passes_at_once()),
             reader,
             codebook,
             thresholds: Thresholds::new(suspicious, dangerous)?,
@@ -231,13 +234,19 @@ impl Firewall {
     /// Runs the engine over some pieces and scores their frames.
     fn pass(&self, cases: &mut [Case<'_>], pieces: &[(usize, usize)]) -> Result<()> {
         let input_ids: Vec<_> = pieces.iter().map(|&(c, p)| cases[c].input_ids(p)).collect();
-        let seq_lens: Vec<_> = input_ids.iter().map(|ids| ids.len()).collect();
-        let projector = Projector::new(&self.codebook, &seq_lens);
-        self.reader.read(&input_ids, &projector)?;
-        for (&(c, p), projections) in pieces.iter().zip(projector.into_sequences()) {
+        let projections = self.batcher.read(&input_ids, &|input_ids| self.project(input_ids))?;
+        for (&(c, p), projections) in pieces.iter().zip(projections) {
             cases[c].pieces[p].frames = score::frames(&self.codebook, &projections)?;
         }
         Ok(())
+    }
+
+    /// Runs the engine over some pieces.
+    fn project(&self, input_ids: &[&[TokenId]]) -> Result<Vec<Projections>> {
+        let seq_lens: Vec<_> = input_ids.iter().map(|ids| ids.len()).collect();
+        let projector = Projector::new(&self.codebook, &seq_lens);
+        self.reader.read(input_ids, &projector)?;
+        Ok(projector.into_sequences())
     }
 
     /// Combines all looks at one text into its alarm.

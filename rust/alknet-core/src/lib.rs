@@ -15,6 +15,7 @@
 use std::collections::HashMap;
 
 pub mod alarm;
+mod batcher;
 pub mod capture;
 pub mod codebook;
 pub mod error;

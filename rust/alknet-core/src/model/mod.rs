@@ -149,6 +149,11 @@ pub trait Backend: Send + Sync {
     /// Sites whose activations a pass hands over, in the order of their indices.
     fn sites(&self) -> &[Site];
 
+    /// How many passes it makes at the same time before callers wait for each other.
+    fn passes_at_once(&self) -> usize {
+        usize::MAX
+    }
+
     /// Cache of a sequence that has read nothing yet.
     fn new_cache(&self) -> KvCache;
 

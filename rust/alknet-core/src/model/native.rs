@@ -395,6 +395,10 @@ impl Backend for NativeBackend {
         &self.sites
     }
 
+    fn passes_at_once(&self) -> usize {
+        self.engine.threads()
+    }
+
     fn new_cache(&self) -> KvCache {
         KvCache::recycled(self.blocks.len(), &self.spares)
     }

@@ -71,6 +71,10 @@ impl Backend for Synthetic {
         &self.sites
     }
 
+    fn passes_at_once(&self) -> usize {
+        1
+    }
+
     fn new_cache(&self) -> KvCache {
         KvCache::new(0)
     }
