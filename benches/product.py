@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = ["measure"]
 WORDS = 30
 CALLERS = 64
 CALLER_TOKENS = 128
+SHORT_CALLER_TOKENS = 16
 SCREENS = 1000
 
 _BARE = "pass"
@@ -122,21 +124,19 @@ def _throughput(detector: str, seconds: float, **_: Any) -> dict[str, Any]:
     from alknet_firewall import Firewall
 
     firewall = Firewall(detector)
-    text = texts.text_of(CALLER_TOKENS, _token_counter(detector, firewall.sites))
-
-    def screen() -> None:
-        firewall.screen(text)
-
-    screen()
-    alone, together = [], []
-    for _round in range(5):
-        alone.append(_rate(screen, 1, seconds))
-        together.append(_rate(screen, CALLERS, seconds))
-    return {
-        "throughput": median(together) / median(alone),
-        "throughput_callers": CALLERS,
-        "throughput_texts_per_s": {"alone": median(alone), "together": median(together)},
-    }
+    count_tokens = _token_counter(detector, firewall.sites)
+    result: dict[str, Any] = {"throughput_callers": CALLERS}
+    for name, tokens in (("throughput", CALLER_TOKENS), ("throughput_short", SHORT_CALLER_TOKENS)):
+        text = texts.text_of(tokens, count_tokens)
+        screen = partial(firewall.screen, text)
+        screen()
+        alone, together = [], []
+        for _round in range(5):
+            alone.append(_rate(screen, 1, seconds))
+            together.append(_rate(screen, CALLERS, seconds))
+        result[name] = median(together) / median(alone)
+        result[f"{name}_texts_per_s"] = {"alone": median(alone), "together": median(together)}
+    return result
 
 
 def _rate(call: Callable[[], object], callers: int, seconds: float) -> float:

@@ -87,7 +87,6 @@ def _product(result: dict[str, Any]) -> Iterator[str]:
     if "product_missing" in result:
         yield f"\nmeasures of the whole product missing: {result['product_missing']}"
         return
-    texts = result["throughput_texts_per_s"]
     short = result["screen_30_words"]
     yield f"\nimport over bare Python      {result['import_ms']:.0f} ms"
     yield f"import to first alarm        {result['cold_start_ms']:.0f} ms"
@@ -97,10 +96,12 @@ def _product(result: dict[str, Any]) -> Iterator[str]:
         f"({result['rss_anonymous_mb']:.0f} its own, {result['rss_mapped_files_mb']:.0f} mapped "
         f"files; peak {result['rss_peak_mb']:.0f})"
     )
-    yield (
-        f"{result['throughput_callers']} callers over one          {result['throughput']:.2f} "
-        f"({texts['together']:.0f} and {texts['alone']:.0f} texts of 128 tokens a second)"
-    )
+    for name, tokens in (("throughput", 128), ("throughput_short", 16)):
+        rates = result[f"{name}_texts_per_s"]
+        yield (
+            f"{result['throughput_callers']} callers over one          {result[name]:.2f} "
+            f"({rates['together']:.0f} and {rates['alone']:.0f} texts of {tokens} tokens a second)"
+        )
     yield (
         f"screen() of 30 words         {short['screen']:.2f} ms, "
         f"{short['ratio']:.2f} of its forward pass"
