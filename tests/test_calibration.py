@@ -335,7 +335,7 @@ class TestEvaluate:
     def test_the_keys(self, report):
         keys = (
             "folds mean_auroc worst_auroc mean_tpr_at_1pct_fpr benign attacks reliability detector "
-            "rows origins roc families languages lengths pairs"
+            "rows origins roc families languages lengths pairs thresholds"
         )
         assert set(keys.split()) == report.keys()
         for origin in ("user", "document"):
@@ -355,6 +355,18 @@ class TestEvaluate:
         for part in ("languages", "lengths"):
             for kind, n in (("attacks", n_attacks), ("benign", len(corpus.rows) - n_attacks)):
                 assert sum(own[kind]["rows"] for own in report[part].values()) == n
+
+    def test_a_lower_threshold_alarms_more(self, report):
+        thresholds = report["thresholds"]
+        assert [row["score"] for row in thresholds if row["p_value"] in (0.01, 0.001)] == [0.3, 0.7]
+        for name in ("public", "caught"):
+            shares = [row[name] for row in thresholds]
+            assert shares == sorted(shares, reverse=True)
+            assert 0 < shares[0] <= 1
+        (default,) = (row for row in thresholds if row["p_value"] == 0.01)
+        public = [own for source, own in report["benign"].items() if "authored" not in source]
+        alarms = sum(own["rows"] * own["suspicious"] for own in public)
+        assert default["public"] == pytest.approx(alarms / sum(own["rows"] for own in public))
 
     def test_families_and_languages_are_those_of_the_rows(self, report):
         assert report["families"].keys() == {"jailbreak", "redirect"}

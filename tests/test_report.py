@@ -178,6 +178,10 @@ def figures(name: str = "mine") -> dict:
         "mean_tpr_at_1pct_fpr": 0.3,
         "roc": roc,
         "reliability": reliability,
+        "thresholds": [
+            {"score": 0.15, "p_value": 0.1, "public": 0.03, "authored": 0.14, "caught": 0.774},
+            {"score": 0.7, "p_value": 0.001, "public": None, "authored": 0.0, "caught": 0.0},
+        ],
         "benign": {name: rates()},
         "attacks": {name: rates()},
         "families": {name: rates(), "other": rates(3, 0.0)},
@@ -261,7 +265,7 @@ class TestReport:
     def test_every_section_is_there_and_linked(self, html):
         page = Page(html)
         headings = {own["id"] for own in page.all("h2")}
-        assert len(headings) == 11
+        assert len(headings) == 12
         assert {own["href"] for own in page.all("a")} == {f"#{name}" for name in headings}
         assert {own["aria-labelledby"] for own in page.all("section")} == headings
 
@@ -277,7 +281,7 @@ class TestReport:
         plots = page.all("svg")
         assert len(plots) == 2
         assert all(own["role"] == "img" and len(own["aria-label"]) > 40 for own in plots)
-        assert len(page.all("table")) == len(page.all("caption")) == 10
+        assert len(page.all("table")) == len(page.all("caption")) == 11
         assert {own["scope"] for own in page.all("th")} == {"col", "row"}
         assert page.all("html")[0]["lang"] == "en"
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from .. import _core
 from ..evaluation.intervals import wilson
 from .corpus import is_authored
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
@@ -27,6 +28,12 @@ __all__ = ["evaluate", "table"]
 
 # −log₁₀ p from which the level is SUSPICIOUS and DANGEROUS by default.
 _SUSPICIOUS, _DANGEROUS = 2.0, 3.0
+
+# p-values at which rates are given.
+_P_VALUES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+
+# Attacks that a fold or a source must have for a figure of its own.
+_ENOUGH_ATTACKS = 10
 
 # Most points of a ROC curve that are kept for plotting.
 _ROC_POINTS = 200
@@ -59,6 +66,11 @@ def evaluate(
         ``reliability``
             Per ``nominal`` rate of false positives the ``observed`` one with its 95 % interval
             (``low``, ``high``).
+        ``thresholds``
+            What other thresholds would give. Per ``score``, the ``p_value`` it stands for, the
+            shares of benign texts that reach it, of those from public sources (``public``) and
+            written for this project (``authored``), and that of attacks (``caught``), the mean
+            over public sources of ten and more.
         ``benign``
             Rates per source. Rates are ``rows``, ``suspicious`` (share SUSPICIOUS or worse) and
             ``dangerous`` (share DANGEROUS).
@@ -88,7 +100,7 @@ def evaluate(
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as text."""
-    parts = [_folds_table(report), _pairs_line(report)]
+    parts = [_folds_table(report), _thresholds_table(report), _pairs_line(report)]
     parts.append(_rates_table("benign source", report["benign"]))
     parts.append(_rates_table("attack family", report["families"]))
     if "compiled" in report:
@@ -107,6 +119,15 @@ def _folds_table(report: Mapping[str, Any]) -> str:
     for name, own in means:
         auroc, tpr = _figure(own["mean_auroc"]), _figure(own["mean_tpr_at_1pct_fpr"])
         lines.append(f"{name:<52} {auroc}  {tpr}   worst {_figure(own['worst_auroc'])}")
+    return "\n".join(lines)
+
+
+def _thresholds_table(report: Mapping[str, Any]) -> str:
+    lines = ["threshold  p-value   ordinary texts: public, ours   attacks"]
+    for row in report["thresholds"]:
+        public, ours, caught = (_figure(row[name]) for name in ("public", "authored", "caught"))
+        ordinary = f"{public}  {ours}"
+        lines.append(f"{row['score']:>9.2f}  {row['p_value']:>7g}  {ordinary:>29}   {caught:>7}")
     return "\n".join(lines)
 
 
@@ -188,6 +209,7 @@ def _measure(corpus: Corpus, x: Array, folds: list[Bools], own: Bools) -> dict[s
         "mean_tpr_at_1pct_fpr": _mean([row["tpr_at_1pct_fpr"] for row in rows]),
         "roc": _roc(corpus.attack[pooled], x[pooled]),
         "reliability": _reliability(x[benign]),
+        "thresholds": _thresholds(corpus, x, own),
         "benign": _rates(x, benign, [row.source for row in corpus.rows]),
         "attacks": _rates(x, attacks, [f"{row.source}/{row.kind}" for row in corpus.rows]),
         "families": _rates(x, attacks, [row.family or row.kind for row in corpus.rows]),
@@ -202,7 +224,7 @@ def _can_judge(corpus: Corpus, these: Bools) -> bool:
     n_attacks = int(corpus.attack[these].sum())
     n_benign = int(these.sum()) - n_attacks
     whole = any(not is_authored(source) for source in set(corpus.sources[these]))
-    return n_attacks >= 10 and n_benign >= 20 and whole
+    return n_attacks >= _ENOUGH_ATTACKS and n_benign >= 20 and whole
 
 
 def _measure_fold(corpus: Corpus, x: Array, these: Bools) -> dict[str, Any]:
@@ -301,10 +323,32 @@ def _pairs(corpus: Corpus, x: Array, own: Bools) -> dict[str, Any]:
     }
 
 
+def _thresholds(corpus: Corpus, x: Array, own: Bools) -> list[dict[str, float | None]]:
+    """False alarms and attacks caught where the threshold is another one."""
+    authored = np.array([is_authored(source) for source in corpus.sources])
+    benign, attacks = own & ~corpus.attack, own & corpus.attack & ~authored
+    sources = [attacks & (corpus.sources == name) for name in np.unique(corpus.sources[attacks])]
+    sources = [texts for texts in sources if texts.sum() >= _ENOUGH_ATTACKS]
+
+    def rate(texts: Bools, p_value: float) -> list[float]:
+        return [float((x[texts] >= -np.log10(p_value)).mean())] if texts.any() else []
+
+    return [
+        {
+            "score": _core.score(p_value),
+            "p_value": p_value,
+            "public": _mean(rate(benign & ~authored, p_value)),
+            "authored": _mean(rate(benign & authored, p_value)),
+            "caught": _mean([share for texts in sources for share in rate(texts, p_value)]),
+        }
+        for p_value in _P_VALUES
+    ]
+
+
 def _reliability(x: Array) -> list[dict[str, float]]:
     """Nominal against observed false-positive rates, with 95 % intervals."""
     rows = []
-    for nominal in (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001):
+    for nominal in _P_VALUES:
         hits = int((x >= -np.log10(nominal)).sum())
         low, high = wilson(hits, len(x))
         observed = hits / max(len(x), 1)

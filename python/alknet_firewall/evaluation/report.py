@@ -57,6 +57,7 @@ def html_report(report: Mapping[str, Any]) -> str:
         "roc": _roc(report),
         "folds": _folds(report),
         **_reliability(report),
+        "thresholds": _thresholds(report["thresholds"]),
         "benign": _rates_table("Ordinary texts by source", "source", report["benign"], good=False),
         "families": _rates_table("Attacks by family", "family", report["families"], good=True),
         "languages": _both_table("Texts by language", "language", _most_first(report["languages"])),
@@ -146,6 +147,25 @@ def _reliability(report: Mapping[str, Any]) -> dict[str, str]:
             "Observed share of false positives", ("promised", *curves), rows
         ),
     }
+
+
+def _thresholds(rows: Sequence[Mapping[str, Any]]) -> str:
+    header = (
+        "score",
+        "p-value",
+        "public texts alarm",
+        "our ordinary texts alarm",
+        "attacks caught",
+    )
+    cells = [
+        (
+            f"{row['score']:.2f}",
+            f"{row['p_value']:g}",
+            *(_percent(row[name], 1) for name in ("public", "authored", "caught")),
+        )
+        for row in rows
+    ]
+    return _table("Alarms from a score on", header, cells)
 
 
 def _rates_table(

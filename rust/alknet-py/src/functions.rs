@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
-use alknet_core::{self as core, Codebook, firewall, model::weights::Weights, pack};
+use alknet_core::{self as core, Codebook, alarm, firewall, model::weights::Weights, pack};
 use pyo3::prelude::*;
 
 use crate::boundary::enter_core;
@@ -39,6 +39,12 @@ pub(crate) fn inspect_codebook(py: Python<'_>, path: PathBuf) -> PyResult<HashMa
     let mut metadata = codebook.metadata.clone();
     metadata.insert("n_components".into(), codebook.n_components().to_string());
     Ok(metadata)
+}
+
+/// Score of a p-value.
+#[pyfunction]
+pub(crate) fn score(p_value: f64) -> f64 {
+    alarm::score(p_value)
 }
 
 /// How this library was built and what it finds on this machine.

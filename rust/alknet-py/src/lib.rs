@@ -14,7 +14,7 @@ mod _core {
     #[pymodule_export]
     use super::firewall::{Firewall, Stream};
     #[pymodule_export]
-    use super::functions::{build_info, fingerprint, inspect_codebook, pack_model};
+    use super::functions::{build_info, fingerprint, inspect_codebook, pack_model, score};
     #[pymodule_export]
     use super::reader::Reader;
 
