@@ -122,6 +122,13 @@ class TestFrames:
         np.testing.assert_allclose(runs.x[1], windows.x[1:3].mean(axis=0), rtol=1e-5)
         np.testing.assert_allclose(runs.x[-1], windows.x[-3:].mean(axis=0), rtol=1e-5)
 
+    def test_blocks_are_all_rows_in_order(self):
+        windows = self.windows()
+        rows = np.array([7, 1, 2, 12, 0])
+        blocks = list(windows.blocks(rows, 2))
+        assert [len(block) for block in blocks] == [2, 2, 1]
+        np.testing.assert_array_equal(np.concatenate(blocks), windows.x[rows])
+
     def test_a_frame_counts_by_its_largest_run_of_every_scale(self):
         windows = self.windows()
         terms = windows.x[:, :3].astype(np.float64)

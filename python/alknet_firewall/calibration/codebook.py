@@ -73,7 +73,7 @@ def compile_codebook(
     every = np.arange(len(corpus.rows))
     fitted = fit_scorer(scales, corpus.labels, every, options, moments)
     tensors = {"mean": fitted.mean, "components": fitted.components}
-    z = project(fitted.mean, fitted.components, corpus.windows.x)
+    z = project(fitted.mean, fitted.components, corpus.windows, corpus.windows.rows(every))
     behaviours = _behaviours(corpus)
     tensors |= _directions(corpus, fitted, z, behaviours.values())
     tensors |= _distributions(corpus, z, np.flatnonzero(~corpus.attack))
@@ -123,7 +123,8 @@ def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
     tensors = load_file(codebook)
     metadata = _core.inspect_codebook(str(codebook))
     metadata.pop("n_components", None)
-    z = project(tensors["mean"], tensors["components"], corpus.windows.x)
+    every = np.arange(len(corpus.rows))
+    z = project(tensors["mean"], tensors["components"], corpus.windows, corpus.windows.rows(every))
     directions = json.loads(metadata["directions"])
     scales = json.loads(metadata["scales"])
     statistics = [
@@ -136,7 +137,6 @@ def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
         raise InputError(
             f"the codebook has length classes {classes}, this library makes {LENGTH_CLASSES}"
         )
-    every = np.arange(len(corpus.rows))
     nulls = [corpus.null(s, every) for s in statistics]
     novelty = corpus.null(depth, every)
     tensors["null_knots"] = np.stack([n[0] for n in nulls])

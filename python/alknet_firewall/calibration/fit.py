@@ -24,7 +24,7 @@ them, and last the model of each longer scale.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,6 +123,10 @@ class Windows:
         spans = [np.arange(self.starts[t], self.starts[t + 1]) for t in texts]
         return np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
 
+    def blocks(self, rows: Ints, size: int) -> Iterator[npt.NDArray[Any]]:
+        """Some rows, so many at a time: a copy of all at once may not fit in memory."""
+        return (self.x[rows[start : start + size]] for start in range(0, len(rows), size))
+
     def runs(self, n: int) -> Windows:
         """Means of every ``n`` consecutive windows; a text of fewer is one run."""
         if n == 1:
@@ -148,18 +152,18 @@ class Moments:
     covariance: Array
 
     @classmethod
-    def of(cls, x: npt.NDArray[Any]) -> Moments:
-        """Moments of the rows of ``x``; sums are made in blocks, so that it need not fit twice."""
-        total = np.zeros(x.shape[1])
-        outer = np.zeros((x.shape[1], x.shape[1]))
-        centre = x[: min(len(x), 256)].astype(np.float32).mean(axis=0)
-        for start in range(0, len(x), 16384):
-            block = x[start : start + 16384].astype(np.float32) - centre
+    def of(cls, windows: Windows, rows: Ints) -> Moments:
+        """Moments of some rows."""
+        total = np.zeros(windows.x.shape[1])
+        outer = np.zeros((windows.x.shape[1], windows.x.shape[1]))
+        centre = windows.x[rows[:256]].astype(np.float32).mean(axis=0)
+        for taken in windows.blocks(rows, 16384):
+            block = taken.astype(np.float32) - centre
             total += block.sum(axis=0, dtype=np.float64)
             outer += block.T @ block
-        offset = total / len(x)
-        covariance = outer / len(x) - np.outer(offset, offset)
-        return cls(len(x), centre + offset, covariance)
+        offset = total / len(rows)
+        covariance = outer / len(rows) - np.outer(offset, offset)
+        return cls(len(rows), centre + offset, covariance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +193,10 @@ class _Directions:
         components = self.components * signs[:, None]
         return _Directions(self.mean, components, self.weights * signs, self.bias)
 
-    def logits(self, x: npt.NDArray[Any]) -> Array:
-        """Log-odds ``(n,)`` of windows ``(n, width)``."""
+    def logits(self, windows: Windows, rows: Ints) -> Array:
+        """Log-odds ``(len(rows),)`` of some rows."""
         along = self.weights @ self.components
-        return project(self.mean, along[None], x)[:, 0] + self.bias
+        return project(self.mean, along[None], windows, rows)[:, 0] + self.bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,18 +226,19 @@ class Scorer:
 
     def largest(self, windows: Windows, texts: npt.NDArray[Any]) -> Array:
         """Largest logit of some texts, ``(len(texts),)``."""
-        z = project(self.mean, self.components, windows.x[windows.rows(texts)])
+        z = project(self.mean, self.components, windows, windows.rows(texts))
         lengths = np.diff(windows.starts)[texts]
         return pool(z @ self.weights.T, lengths, self.scales) + self.bias
 
 
-def project(mean: Array, components: Array, x: npt.NDArray[Any]) -> Array:
-    """Projections ``(n, n_components)`` of windows ``(n, width)``."""
-    projections = np.empty((len(x), len(components)))
-    for start in range(0, len(x), 65536):
-        block = x[start : start + 65536].astype(np.float32) - mean.astype(np.float32)
-        projections[start : start + 65536] = block @ components.T.astype(np.float32)
-    return projections
+def project(mean: Array, components: Array, windows: Windows, rows: Ints) -> Array:
+    """Projections ``(len(rows), n_components)`` of some rows."""
+    along, centre = components.T.astype(np.float32), mean.astype(np.float32)
+    blocks = [
+        ((block.astype(np.float32) - centre) @ along).astype(np.float64)
+        for block in windows.blocks(rows, 65536)
+    ]
+    return np.concatenate(blocks) if blocks else np.empty((0, len(components)))
 
 
 def pool(terms: Array, lengths: Ints, scales: Sequence[int]) -> Array:
@@ -267,7 +272,7 @@ def group_moments(windows: Windows, labels: Labels, texts: Ints) -> dict[Group, 
     own: dict[Group, list[int]] = {}
     for t in texts:
         own.setdefault(labels.groups[t], []).append(int(t))
-    return {g: Moments.of(windows.x[windows.rows(np.array(ts))]) for g, ts in own.items()}
+    return {g: Moments.of(windows, windows.rows(np.array(ts))) for g, ts in own.items()}
 
 
 def fit_scorer(
@@ -340,7 +345,7 @@ def _fit(
             dangerous, 0.5 / weights[dangerous].sum(), 0.5 / weights[~dangerous].sum()
         )
         model = LogisticRegression(C=1 / options.ridge, tol=1e-5, max_iter=1000)
-        model.fit(project(mean, features, windows.x[rows]), dangerous, sample_weight=weights)
+        model.fit(project(mean, features, windows, rows), dangerous, sample_weight=weights)
         components, along = _fold(vectors, model.coef_[0] * values, options.n_components)
         bias = float(model.intercept_[0])
         fitted = _Directions(mean, components @ whiten, along, bias).oriented()
@@ -373,7 +378,7 @@ def _spread(windows: Windows, texts: Ints, most: int) -> _Chosen:
 
 def _best(windows: Windows, texts: Ints, model: _Directions, n: int) -> _Chosen:
     """The ``n`` windows of every text that score highest."""
-    logits = model.logits(windows.x[windows.rows(texts)])
+    logits = model.logits(windows, windows.rows(texts))
     chosen, end = [], 0
     for t in texts:
         start, end = end, end + windows.starts[t + 1] - windows.starts[t]
@@ -393,7 +398,7 @@ def _chosen_moments(windows: Windows, chosen: _Chosen, labels: Labels) -> dict[G
     rows: dict[Group, list[Ints]] = {}
     for t, own in chosen:
         rows.setdefault(labels.groups[t], []).append(own)
-    return {group: Moments.of(windows.x[np.concatenate(own)]) for group, own in rows.items()}
+    return {group: Moments.of(windows, np.concatenate(own)) for group, own in rows.items()}
 
 
 def _whitener(attacks: Iterable[Moments], benign: Array, options: FitOptions) -> Array:
