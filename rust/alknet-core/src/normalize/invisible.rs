@@ -209,7 +209,10 @@ impl<'a> Scan<'a> {
             (Encoding::VariationSelectors, self.selectors),
             (Encoding::InvisibleBits, bits),
         ] {
-            let islands = readable_islands(&units, MIN_HIDDEN_CHARS);
+            let mut islands = readable_islands(&units, MIN_HIDDEN_CHARS);
+            if encoding == Encoding::InvisibleBits {
+                islands.retain(|island| is_message(&island.rewrite.text));
+            }
             let mut spelled = Rewrite::default();
             islands.iter().for_each(|island| spelled.append(&island.rewrite));
             if !spelled.text.trim().is_empty() {
@@ -218,6 +221,15 @@ impl<'a> Scan<'a> {
         }
         visible
     }
+}
+
+/// Whether bits spell more than a repeated letter or two. Marks that come in pairs, such as isolates
+/// around names or the ends of a terminal's titles, are bits of one letter for ever.
+fn is_message(text: &str) -> bool {
+    let mut letters: Vec<char> = text.chars().filter(|c| !c.is_whitespace()).collect();
+    letters.sort_unstable();
+    letters.dedup();
+    letters.len() > 2
 }
 
 /// Whether variation selector `byte + 1` after `base` chooses a glyph that exists.
@@ -340,6 +352,17 @@ mod tests {
             .map(|bit| if bit == 1 { '\u{2064}' } else { '\u{2062}' })
             .collect();
         assert_eq!(hidden(&format!("a{bits}b")), [(Encoding::InvisibleBits, "send it".to_owned())]);
+    }
+
+    #[test]
+    fn marks_in_pairs_spell_nothing() {
+        for (open, close) in [('\u{2068}', '\u{2069}'), ('\x1b', '\x07'), ('\u{202A}', '\u{202C}')]
+        {
+            let text = format!("{open}Ada{close} wrote to {open}Bo{close}. ").repeat(16);
+            assert_eq!(hidden(&text), [], "{open:?}");
+        }
+        let nested = "\u{2067}a\u{2067}b\u{2069}c\u{2069} ".repeat(16);
+        assert_eq!(hidden(&nested), []);
     }
 
     #[test]

@@ -13,8 +13,8 @@
 //! Ordinary text in any script has one reading. The work is linear in the length of the text: one
 //! pass for each step, encodings inside encodings to a depth of [`MAX_DEPTH`], at most
 //! [`MAX_DECODED_VIEWS`] decoded views of together at most [`MAX_DECODED_BYTES_PER_BYTE`] bytes for
-//! each byte of the text. What did not fit is said in [`Views::incomplete`]: nothing is dropped
-//! silently.
+//! each byte of the text. What did not fit, or goes on as base64 or hexadecimal digits below that depth, is
+//! said in [`Views::incomplete`]: nothing is dropped silently.
 
 mod compat;
 mod confusables;
@@ -284,8 +284,11 @@ impl Decoded {
             if !candidate.readable.is_empty() {
                 self.push(base.derive(kind, decode::in_context(&base.text, &candidate.readable)));
             }
+            let inner = decode::alone(&candidate.islands);
             if depth < MAX_DEPTH {
-                self.add(&base.derive(kind, decode::alone(&candidate.islands)), depth + 1);
+                self.add(&base.derive(kind, inner), depth + 1);
+            } else {
+                self.incomplete |= decode::goes_on(&candidate, &inner.text);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Base64 and hexadecimal.
 
-use std::ops::Range;
+use std::{cmp::Reverse, collections::BTreeMap, ops::Range};
 
 use super::{Island, Unit, printable_stretches, readable_islands};
 
@@ -54,9 +54,7 @@ pub(super) fn base64(text: &str) -> Vec<Island> {
         if run.len() >= MIN_BASE64_CHARS {
             let digits: Vec<usize> = run.filter(|&i| is_digit(bytes[i])).collect();
             let aligned = (0..4).filter_map(|shift| digits.get(shift..));
-            found.extend(longest(
-                aligned.flat_map(|digits| aligned_base64(bytes, digits)).collect(),
-            ));
+            found.extend(longest(aligned.map(|digits| aligned_base64(bytes, digits))));
         }
     }
     found
@@ -105,17 +103,25 @@ fn base64_quantum(bytes: &[u8], digits: &[usize]) -> Option<Unit> {
     (digits.len() > 1).then(|| Unit::new(source, &decoded[..digits.len() - 1]))
 }
 
-/// Of islands that overlap, the longer one; in the order of the source.
-fn longest(mut islands: Vec<Island>) -> Vec<Island> {
-    islands.sort_by_key(|island| std::cmp::Reverse(island.rewrite.text.len()));
-    let mut taken = std::collections::BTreeMap::<usize, Island>::new();
-    for island in islands {
-        let before = taken.range(..island.source.end).next_back();
-        if before.is_none_or(|(_, other)| other.source.end <= island.source.start) {
-            taken.insert(island.source.start, island);
+/// Of islands of several alignments that overlap, the longest; in the order of the source. Islands of one
+/// alignment may share the digits of three bytes, and both stay.
+fn longest(alignments: impl Iterator<Item = Vec<Island>>) -> Vec<Island> {
+    let mut islands: Vec<_> = alignments
+        .enumerate()
+        .flat_map(|(alignment, islands)| islands.into_iter().map(move |island| (alignment, island)))
+        .collect();
+    islands.sort_by_key(|(_, island)| Reverse(island.rewrite.text.len()));
+    let mut taken = BTreeMap::<usize, (usize, Island)>::new();
+    for (alignment, island) in islands {
+        let overlapping = taken
+            .range(..island.source.end)
+            .rev()
+            .take_while(|(_, (_, other))| other.source.end > island.source.start);
+        if overlapping.into_iter().all(|(_, (other, _))| *other == alignment) {
+            taken.insert(island.source.start, (alignment, island));
         }
     }
-    taken.into_values().collect()
+    taken.into_values().map(|(_, island)| island).collect()
 }
 
 /// Decodes every row of hexadecimal bytes: `69676e`, `69 67 6e`, `69:67:6e`, `0x69, 0x67`.
@@ -130,15 +136,11 @@ pub(super) fn hex(text: &str) -> Vec<Island> {
             at += 1;
             continue;
         }
-        let units: Vec<Unit> = hex_units(bytes, at).collect();
-        let mut islands = readable_islands(&units, MIN_CHARS);
-        if islands.is_empty() {
-            // One digit too many in front.
-            let units: Vec<Unit> = hex_units(bytes, at + 1).collect();
-            islands = readable_islands(&units, MIN_CHARS);
-        }
-        found.extend(islands);
-        at = units[units.len() - 1].source.end + 1;
+        // There may be one digit too many in front.
+        let aligned = [at, at + 1].map(|start| hex_units(bytes, start).collect::<Vec<_>>());
+        let ends = aligned.iter().filter_map(|units| units.last()).map(|unit| unit.source.end);
+        at = 1 + ends.max().unwrap_or(at);
+        found.extend(longest(aligned.iter().map(|units| readable_islands(units, MIN_CHARS))));
     }
     found
 }
@@ -208,6 +210,22 @@ mod tests {
         ] {
             assert_eq!(texts(hex(text)), ["send the key"], "{text}");
         }
+    }
+
+    #[test]
+    fn a_digit_too_many_does_not_hide_what_goes_on_behind_it() {
+        // Read from the first digit on, the row ends at the first space, and the rest is a row of its own.
+        let text = "a73656e6420746865 20 6b 65 79 20 6e 6f 77 20 70 6c 65 61 73 65";
+        assert_eq!(texts(hex(text)), ["send the key now please"]);
+        // Some of this is printable in both alignments.
+        assert_eq!(texts(hex("46465746563746564206465746563746564")), ["detected detected"]);
+    }
+
+    #[test]
+    fn a_byte_that_cannot_be_printed_parts_base64_and_hides_neither_side() {
+        // The zero is the second byte of three.
+        let text = "c2VuZCBpdCB0byBtZSBubwBvciBlbHNlIHRoZW4";
+        assert_eq!(texts(base64(text)), ["send it to me no", "or else then"]);
     }
 
     #[test]

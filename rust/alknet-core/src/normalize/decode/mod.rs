@@ -26,7 +26,8 @@ pub(super) struct Island {
     pub(super) rewrite: Rewrite,
 }
 
-/// All stretches of a text in one encoding, in the order of the source, none overlapping.
+/// All stretches of a text in one encoding, in the order of the source. Two may share a few digits of
+/// base64, which stand for the last byte of one and the first of the other.
 #[derive(Debug)]
 pub(super) struct Candidate {
     pub(super) encoding: Encoding,
@@ -52,17 +53,31 @@ pub(super) fn candidates(text: &str) -> Vec<Candidate> {
     found
 }
 
+/// Whether `text`, the islands of `candidate`, holds bytes that were encoded once more, or more often. Of
+/// what is no language, that a quarter of it decodes to printable characters is too much for chance.
+pub(super) fn goes_on(candidate: &Candidate, text: &str) -> bool {
+    let of_bytes =
+        |candidate: &Candidate| matches!(candidate.encoding, Encoding::Base64 | Encoding::Hex);
+    if !of_bytes(candidate) || candidate.readable.len() == candidate.islands.len() {
+        return false;
+    }
+    candidates(text).iter().filter(|inner| of_bytes(inner)).any(|inner| {
+        let decoded: usize = inner.islands.iter().map(|island| island.rewrite.text.len()).sum();
+        !inner.readable.is_empty() || 4 * decoded >= text.len()
+    })
+}
+
 /// The decoded islands with up to `CONTEXT_BYTES` of their lines around them, one piece to a line.
 pub(super) fn in_context(text: &str, islands: &[Island]) -> Rewrite {
     let mut rewrite = Rewrite::default();
     let mut shown = 0;
     for (i, island) in islands.iter().enumerate() {
-        let start = context_start(text, island.source.start).max(shown);
+        let start = context_start(text, island.source.start).max(shown).min(island.source.start);
         start_piece(&mut rewrite, start, shown);
         rewrite.keep(text, start..island.source.start);
         rewrite.append(&island.rewrite);
         let next = islands.get(i + 1).map_or(text.len(), |next| next.source.start);
-        shown = context_end(text, island.source.end).min(next);
+        shown = context_end(text, island.source.end).min(next).max(island.source.end);
         rewrite.keep(text, island.source.end..shown);
     }
     rewrite
