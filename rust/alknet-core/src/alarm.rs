@@ -111,7 +111,8 @@ pub struct Alarm {
     pub level: AlarmLevel,
     /// Monotone map of the p-value, in \[0, 1\], higher is worse; see [`score`].
     pub score: f64,
-    /// Share of benign text that scores at least as high, corrected for every look that was taken.
+    /// Share of benign text that scores at least as high, corrected for the number of segments; the least
+    /// of the views, see [`crate::firewall`].
     pub p_value: f64,
     /// Share of benign text that is at least as far from everything seen.
     pub novelty_p_value: f64,

@@ -23,7 +23,8 @@ use crate::{
     tokenize::{Encoding, Tokenizer},
 };
 
-/// Share of the error budget that novelty may spend; it may raise SUSPICIOUS, never DANGEROUS.
+/// Share of the error budget that novelty may spend, and the least p-value that it can give; it may raise
+/// SUSPICIOUS, never DANGEROUS.
 const NOVELTY_SHARE: f64 = 0.05;
 const NOVELTY_FLOOR: f64 = 0.00101;
 
@@ -260,6 +261,7 @@ impl Firewall {
             }
         }
         if case.hidden_text.is_some() {
+            worst.attack = worst.attack.min(HIDDEN_TEXT_P);
             worst.p_value = worst.p_value.min(HIDDEN_TEXT_P);
         }
         if !worst.p_value.is_finite() || !worst.novelty.is_finite() {
@@ -269,7 +271,9 @@ impl Firewall {
         }
         let score = alarm::score(worst.p_value);
         let reason = case.reason();
-        let mut level = self.thresholds.level(score);
+        let level_of = |p_value| self.thresholds.level(alarm::score(p_value));
+        let mut level =
+            level_of(worst.attack).max(level_of(worst.p_value).min(AlarmLevel::Suspicious));
         if !matches!(reason, None | Some(Reason::Empty | Reason::NotYetRead)) {
             level = level.max(AlarmLevel::Suspicious);
         }
@@ -329,7 +333,7 @@ impl Firewall {
         judged: Judgement,
         signals: &mut Vec<Signal>,
     ) -> String {
-        if judged.is_novelty {
+        if judged.is_novelty() {
             raise(signals, "novelty", 1.0 - judged.novelty);
             return "novelty".to_owned();
         }
@@ -354,31 +358,35 @@ impl Firewall {
 fn judge(frame: &FrameScore, reading: usize, pieces: usize) -> Judgement {
     let attack = score::corrected_p(frame.attack[reading], pieces);
     let novelty = score::corrected_p(frame.novelty, pieces);
-    let by_attack = attack / (1.0 - NOVELTY_SHARE);
+    let by_attack = (attack / (1.0 - NOVELTY_SHARE)).min(1.0);
     let by_novelty = (novelty / NOVELTY_SHARE).max(NOVELTY_FLOOR);
-    Judgement {
-        p_value: by_attack.min(by_novelty).min(1.0),
-        novelty,
-        is_novelty: by_novelty < by_attack,
-    }
+    Judgement { p_value: by_attack.min(by_novelty), attack: by_attack, novelty }
 }
 
 /// p-values of a text.
 #[derive(Debug, Clone, Copy)]
 struct Judgement {
     p_value: f64,
+    /// Without what novelty adds.
+    attack: f64,
     novelty: f64,
-    is_novelty: bool,
 }
 
 impl Judgement {
     fn ordinary() -> Self {
-        Self { p_value: 1.0, novelty: 1.0, is_novelty: false }
+        Self { p_value: 1.0, attack: 1.0, novelty: 1.0 }
     }
 
     fn min(self, other: Self) -> Self {
-        let worse = if other.p_value < self.p_value { other } else { self };
-        Self { novelty: self.novelty.min(other.novelty), ..worse }
+        Self {
+            p_value: self.p_value.min(other.p_value),
+            attack: self.attack.min(other.attack),
+            novelty: self.novelty.min(other.novelty),
+        }
+    }
+
+    fn is_novelty(&self) -> bool {
+        self.p_value < self.attack
     }
 }
 

@@ -14,9 +14,9 @@
 //! segment: time is linear in the text, however it is cut. Kept are the text, the tokens' offsets and
 //! the frames' scores, but activations and keys of one segment only.
 //!
-//! **What it means.** The alarm of [`Stream::feed`] is provisional: the worst so far, each part judged as
-//! if nothing followed. So its level never goes down, and it may be an alarm that the whole text does not
-//! give: many looks are taken, and none is corrected for. [`Stream::finish`] gives exactly the alarm of
+//! **What it means.** The alarm of [`Stream::feed`] is provisional: the worst so far, or the latest while
+//! all are clear, each part judged as if nothing followed. So its level never goes down, and it may be an
+//! alarm that the whole text does not give: many looks are taken, and none is corrected for. [`Stream::finish`] gives exactly the alarm of
 //! [`Firewall::screen`] on the whole text.
 
 use std::sync::Arc;
@@ -192,7 +192,11 @@ impl Stream {
             Some(worst) if worst.level > AlarmLevel::Clear && rank(worst) > rank(&alarm) => {
                 worst.reason = alarm.reason.or(worst.reason);
             }
-            worst => *worst = Some(alarm),
+            worst => {
+                let before = worst.as_ref().filter(|worst| worst.level > AlarmLevel::Clear);
+                let reason = alarm.reason.or(before.and_then(|worst| worst.reason));
+                *worst = Some(Alarm { reason, ..alarm });
+            }
         }
     }
 

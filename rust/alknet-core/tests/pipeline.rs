@@ -193,6 +193,10 @@ fn novelty_is_suspicious_and_never_dangerous() {
     assert_eq!(alarm.level, AlarmLevel::Suspicious);
     assert_eq!(alarm.signals[0].name, "novelty");
     assert!(alarm.novelty_p_value < 1e-4 && alarm.p_value > 0.001);
+    let thresholds = Thresholds { suspicious: 0.1, dangerous: 0.2 };
+    let strict = firewall_with(&FirewallOptions { thresholds, ..Default::default() });
+    let input = Input { text: "ZZZZZZZZ", origin: None };
+    assert_eq!(strict.screen(&input).unwrap().level, AlarmLevel::Suspicious);
 }
 
 #[test]
