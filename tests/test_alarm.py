@@ -134,6 +134,7 @@ class TestDisplay:
 
     def test_html_escapes_names(self):
         span = Span(0, 3, 0.5, "<script>")
-        html = dataclasses.replace(DANGEROUS, spans=(span,))._repr_html_()
+        html = dataclasses.replace(DANGEROUS, spans=(span,), reason="unread < all")._repr_html_()
         assert "<script>" not in html
         assert "DANGEROUS" in html
+        assert "unread &lt; all" in html

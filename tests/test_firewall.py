@@ -132,10 +132,18 @@ class TestInput:
         with pytest.raises(InputError, match="surrogates"):
             tiny.screen(text)
 
-    @pytest.mark.parametrize("origin", ["User", "tool", ""])
-    def test_an_unknown_origin(self, tiny, origin):
+    @pytest.mark.parametrize("origin", ["User", "tool", "", "\ud800", 3, ["user"]])
+    def test_an_unknown_origin(self, tiny, blocking, origin):
+        for use in (tiny.screen, lambda text, origin: tiny.screen_batch([text] * 2, origin=origin)):
+            with pytest.raises(InputError, match="origin"):
+                use("text", origin=origin)
         with pytest.raises(InputError, match="origin"):
-            tiny.screen("text", origin=origin)
+            tiny.stream(origin=origin)
+        alarm = blocking.screen("text", origin=origin)
+        assert (alarm.level, alarm.origin) == (DANGEROUS, None)
+
+    def test_a_blocked_alarm_has_the_origin_given(self, blocking):
+        assert blocking.screen("\ud800", origin="document").origin == "document"
 
     def test_a_null_character_is_text(self, tiny):
         assert tiny.screen("a\x00b").n_tokens > 0

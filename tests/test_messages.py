@@ -246,6 +246,15 @@ def test_a_refusal_does_not_quote_the_content(tiny):
 def test_block_blocks_the_message_that_fails(tiny, tiny_folder):
     blocking = Firewall(tiny_folder, on_error="block")
     messages = [{"role": "user", "content": BENIGN[0]}, {"role": "tool", "content": "\ud800"}]
+    messages.append({"role": "user", "content": 5})
     alarms = blocking.screen_messages(messages)
     assert alarms[0] == tiny.screen(BENIGN[0], origin="user")
-    assert alarms[1].level is DANGEROUS
+    assert [alarm.level for alarm in alarms] == [CLEAR, DANGEROUS, DANGEROUS]
+
+
+def test_spans_count_from_the_beginning_of_the_content(tiny):
+    content = f"{BENIGN[0]} {ATTACK}"
+    message = {"role": "user", "name": "Bob", "content": content}
+    (alarm,) = tiny.screen_messages([message])
+    assert alarm == tiny.screen(f"{content}\nBob", origin="user")
+    assert alarm.spans

@@ -130,11 +130,11 @@ class TestUse:
 
     def test_nothing_after_the_end(self, tiny):
         stream = tiny.stream()
-        stream.finish()
+        alarm = stream.finish()
         for use in (stream.finish, lambda: stream.feed("more")):
             with pytest.raises(InputError, match="finished"):
                 use()
-        assert stream.alarm is None
+        assert stream.alarm is alarm
 
     @pytest.mark.parametrize("chunk", [b"bytes", 5, None, "\ud800"])
     def test_only_text_is_taken(self, tiny, chunk):
@@ -154,11 +154,23 @@ class TestUse:
 
     @pytest.mark.parametrize("chunk", [b"bytes", "\ud800", None])
     def test_block_gives_an_alarm_instead(self, tiny_folder, chunk):
+        with Firewall(tiny_folder, on_error="block").stream(origin="user") as stream:
+            stream.feed("abc")
+            alarm = stream.feed(chunk)
+            assert alarm.level is AlarmLevel.DANGEROUS
+            assert alarm.reason.startswith("not screened")
+            assert alarm.origin == "user"
+            # What was not read stays unread, whatever follows.
+            assert stream.feed(BENIGN[0]) is alarm
+        assert stream.alarm is alarm
+
+    def test_block_leaves_a_verdict_as_it_is(self, tiny_folder):
         stream = Firewall(tiny_folder, on_error="block").stream()
-        stream.feed("abc")
-        alarm = stream.feed(chunk)
-        assert alarm.level is AlarmLevel.DANGEROUS
-        assert alarm.reason.startswith("not screened")
+        stream.feed(BENIGN[0])
+        alarm = stream.finish()
+        assert alarm.level is AlarmLevel.CLEAR
+        assert stream.feed("more").level is AlarmLevel.DANGEROUS
+        assert stream.alarm is alarm
 
     def test_streams_of_one_firewall_do_not_mix(self, tiny):
         streams = [tiny.stream() for _ in TEXTS]

@@ -75,7 +75,7 @@ class Alarm:
     score : float
         In [0, 1], higher is worse; a fixed monotone map of ``p_value``.
     p_value : float
-        Share of benign text that scores at least as high, in (0, 1].
+        Share of benign text that scores at least as high, in (0, 1]; 0 if there is no verdict.
     novelty_p_value : float
         Share of benign text that is at least as far from everything seen. Novelty alone never
         raises DANGEROUS.
@@ -125,7 +125,9 @@ class Alarm:
         )
 
     @classmethod
-    def _blocked(cls, error: Exception, detector: str, unread_chars: int) -> Alarm:
+    def _blocked(
+        cls, error: Exception, detector: str, unread_chars: int, origin: Origin | None
+    ) -> Alarm:
         """The alarm that stands for an error when the caller asked for ``on_error="block"``."""
         return cls(
             level=AlarmLevel.DANGEROUS,
@@ -134,7 +136,7 @@ class Alarm:
             novelty_p_value=1.0,
             signals=(),
             spans=(),
-            origin=None,
+            origin=origin,
             n_tokens=0,
             unread_chars=unread_chars,
             reason=f"not screened: {type(error).__name__}: {error}",
@@ -204,9 +206,10 @@ class Alarm:
             f"<tr><td>{escape(s.signal)}</td><td>{s.start}–{s.end}</td><td>{s.score:.2f}</td></tr>"
             for s in self.spans
         )
+        why = f" ({escape(self.reason)})" if self.reason else ""
         return (
             f'<div><b style="color:{colour}">{self.level.name}</b> score {self.score:.2f}, '
-            f"p = {self.p_value:.2g}<table>{rows}</table></div>"
+            f"p = {self.p_value:.2g}{why}<table>{rows}</table></div>"
         )
 
 

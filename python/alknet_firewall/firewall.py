@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -13,7 +13,7 @@ from .alarm import Alarm, AlarmLevel, Origin, Thresholds
 from .config import FirewallConfig
 from .detector import find_detector
 from .errors import AlknetFirewallError, ConfigError, InputError
-from .messages import read_message
+from .messages import Reading, read_message
 from .models import DetectorModel
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Firewall:
         given = [name for name, value in arguments.items() if value is not None]
         if config is not None and given:
             raise ConfigError(f"config and {given[0]} are given: {given[0]} belongs into config")
+        if config is not None and not isinstance(config, FirewallConfig):
+            raise ConfigError(f"config is a {type(config).__name__}, which is no FirewallConfig")
         if model is not None and not isinstance(model, DetectorModel):
             raise ConfigError(f"model is a {type(model).__name__}, which is no DetectorModel")
         self.config = options = config or FirewallConfig.load(**arguments)
@@ -148,9 +150,9 @@ class Firewall:
             DANGEROUS alarm instead.
         """
         try:
-            fields = self._core.screen(_checked(text), origin)
+            fields = self._core.screen(_checked(text), _checked_origin(origin))
         except AlknetFirewallError as error:
-            return self._failed(error, text)
+            return self._failed(error, text, origin)
         return Alarm._from_core(fields, self.detector)
 
     def screen_batch(
@@ -177,12 +179,16 @@ class Firewall:
         origins: list[str | None]
         if origin is None or isinstance(origin, str):
             origins = [origin] * len(texts)
-        else:
+        elif isinstance(origin, Iterable):
             origins = list(origin)
+        else:
+            origins = [_checked_origin(origin)]  # refuses it
         if len(origins) != len(texts):
             raise InputError(f"{len(texts)} texts have {len(origins)} origins: one each is needed")
         try:
-            rows = self._core.screen_batch([_checked(text) for text in texts], origins)
+            rows = self._core.screen_batch(
+                [_checked(text) for text in texts], [_checked_origin(one) for one in origins]
+            )
         except AlknetFirewallError:
             if self.config.on_error == "raise":
                 raise
@@ -216,16 +222,18 @@ class Firewall:
         -------
         list of Alarm
             One for each message. The texts of each origin in it are screened together, a line each,
-            and the worst alarm counts; its spans are characters of that text. A message with parts
-            that are no text (images, files) or not known is at least SUSPICIOUS and says so.
+            and the worst alarm counts; its spans are characters of that text, which begins with the
+            ``content``. A message with parts that are no text (images, files) or not known is at
+            least SUSPICIOUS and says so.
 
         Raises
         ------
         InputError
-            If a message is not of this form or its role is unknown.
+            If a message is not of this form or its role is unknown; with ``on_error="block"`` that
+            message has a DANGEROUS alarm instead.
         """
-        readings = [read_message(message) for message in messages]
-        texts = [reading.texts() for reading in readings]
+        readings = [self._read(message) for message in messages]
+        texts = [[] if isinstance(read, Alarm) else read.texts() for read in readings]
         every = [text for own in texts for text in own]
         alarms = iter(
             self.screen_batch([text for _, text in every], origin=[origin for origin, _ in every])
@@ -233,6 +241,9 @@ class Firewall:
         partly = "the message holds parts that are not text"
         result = []
         for reading, own in zip(readings, texts, strict=True):
+            if isinstance(reading, Alarm):
+                result.append(reading)
+                continue
             worst = max((next(alarms) for _ in own), key=lambda alarm: (alarm.level, alarm.score))
             if not reading.complete:
                 worst = worst._at_least(AlarmLevel.SUSPICIOUS, partly)
@@ -241,7 +252,7 @@ class Firewall:
 
     def stream(self, *, origin: Origin | None = None) -> Stream:
         """Start screening a text that arrives in pieces."""
-        return Stream(self, self._core.stream(origin))
+        return Stream(self, self._core.stream(_checked_origin(origin)), origin)
 
     def activations(self, text: str) -> npt.NDArray[np.float32]:
         """Hidden states of one text at the detector's sites, for research.
@@ -266,10 +277,19 @@ class Firewall:
             ) from None
         return self._core.activations(_checked(text))
 
-    def _failed(self, error: AlknetFirewallError, text: object) -> Alarm:
+    def _read(self, message: Mapping[str, Any]) -> Reading | Alarm:
+        """What is in a message, or the alarm that stands for what is wrong with it."""
+        try:
+            return read_message(message)
+        except InputError as error:
+            return self._failed(error, "", None)
+
+    def _failed(self, error: AlknetFirewallError, text: object, origin: Origin | None) -> Alarm:
         if self.config.on_error == "raise":
             raise error
-        return Alarm._blocked(error, self.detector, len(text) if isinstance(text, str) else 0)
+        unread = len(text) if isinstance(text, str) else 0
+        known = origin if origin in _ORIGINS else None
+        return Alarm._blocked(error, self.detector, unread, known)
 
 
 class Stream:
@@ -280,12 +300,14 @@ class Stream:
     whole text.
     """
 
-    def __init__(self, firewall: Firewall, core: _core.Stream) -> None:
+    def __init__(self, firewall: Firewall, core: _core.Stream, origin: Origin | None) -> None:
         self._firewall = firewall
         self._core = core
+        self._origin = origin
         self._lock = threading.Lock()
         self._length = 0
         self._finished = False
+        self._blocked: Alarm | None = None
         self.alarm: Alarm | None = None
 
     def feed(self, chunk: str) -> Alarm:
@@ -303,7 +325,9 @@ class Stream:
         Raises
         ------
         InputError
-            If the stream is finished or has failed.
+            If the piece is not a `str` of valid Unicode, and then it is not part of the text; or
+            if the stream is finished or has failed. With ``on_error="block"`` the alarm is
+            DANGEROUS instead and stays so to the end.
         """
         with self._lock:
             self._length += len(chunk) if isinstance(chunk, str) else 0
@@ -312,16 +336,25 @@ class Stream:
     def finish(self) -> Alarm:
         """The alarm on the whole text, exactly that of `Firewall.screen`."""
         with self._lock:
+            alarm = self._take(self._core.finish)
             self._finished = True
-            return self._take(self._core.finish)
+            return alarm
 
-    def _take(self, call: Any) -> Alarm:
+    def _take(self, call: Callable[[], tuple[Any, ...]]) -> Alarm:
+        if not self._finished:
+            # Should the call fail, there is no alarm.
+            self.alarm = self._blocked
+        if self._blocked is not None:
+            return self._blocked
         try:
-            self.alarm = Alarm._from_core(call(), self._firewall.detector)
+            alarm = Alarm._from_core(call(), self._firewall.detector)
         except AlknetFirewallError as error:
-            self.alarm = None
-            self.alarm = self._firewall._failed(error, " " * self._length)
-        return self.alarm
+            alarm = self._firewall._failed(error, " " * self._length, self._origin)
+            if self._finished:  # The verdict on the text stands.
+                return alarm
+            self._blocked = alarm
+        self.alarm = alarm
+        return alarm
 
     def __enter__(self) -> Self:
         return self
@@ -329,6 +362,15 @@ class Stream:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and not self._finished:
             self.finish()
+
+
+_ORIGINS = ("user", "document", None)
+
+
+def _checked_origin(origin: Any) -> Any:
+    if origin not in _ORIGINS:
+        raise InputError('origin must be "user", "document" or None')
+    return origin
 
 
 def _checked(text: object) -> str:

@@ -112,7 +112,9 @@ def read_message(message: Mapping[str, Any]) -> Reading:
             f"{', '.join(sorted(_ITEMS))}; found role {type(role).__name__}, type "
             f"{type(kind).__name__}"
         )
-    _read_fields(reading, author, message, depth=0)
+    # The content first, so that spans count from its beginning.
+    parts = {name: message[name] for name in _PARTS if name in message}
+    _read_fields(reading, author, {**parts, **message}, depth=0)
     # An empty text is one by that author.
     reading.passages = reading.passages or [(author, "")]
     return reading
