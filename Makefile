@@ -14,7 +14,9 @@ DETECTOR := python/alknet_firewall/detectors/smollm2-135m-instruct
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
-PYTHON_SOURCES := $(shell find python -name '*.py' -o -name '*.pyi' -o -path '*/authored/*.gz')
+# All of the wheel but the extension and the detector, which have rules of their own.
+PYTHON_SOURCES := README.md LICENSE THIRD_PARTY_NOTICES.md $(shell find python \
+	\( -name detectors -o -name __pycache__ \) -prune -o -type f ! -name '*.so' ! -name '*.pyc' -print)
 EXTENSION := $(VENV)/.extension
 WEIGHTS := $(DETECTOR)/model.safetensors
 WHEEL := dist/.wheel
@@ -106,5 +108,5 @@ $(TEST_VENV)/.installed: $(WHEEL) $(TEST_VENV)/.tools
 
 clean:
 	cargo clean -q
-	rm -rf dist $(VENV) $(TEST_VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf dist $(VENV) $(TEST_VENV) .venv-bench .mypy_cache .ruff_cache .pytest_cache
 	rm -f $(WEIGHTS) $(DETECTOR)/config.json $(DETECTOR)/tokenizer.json python/alknet_firewall/*.so

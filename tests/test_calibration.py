@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -477,6 +479,19 @@ class TestEvaluate:
         assert done.exit_code == 0, done.output
         assert "milliseconds per screen" not in done.output
         assert "Not measured" in page.read_text()
+        done = CliRunner().invoke(main, [*arguments, "--quick", "--json", "/dev/full"])
+        assert done.exit_code == 1
+        assert "Error: " in done.stderr
+        assert table(report) in done.stdout
+
+    def test_a_null_of_ones_own_text_is_limited_and_cached_too(self, tiny_folder, tmp_path):
+        rows = [json.dumps({"text": text, "label": 0}) for text in TEXTS]
+        (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+        arguments = ["calibrate", str(tmp_path), "--null-only", "--detector", str(tiny_folder)]
+        options = ["--limit", "7", "--cache-dir", tmp_path / "kept", "--out", tmp_path / "out"]
+        done = CliRunner().invoke(main, [*arguments, *map(str, options)])
+        assert "7 texts: at least 300" in done.output
+        assert list((tmp_path / "kept").iterdir())
 
 
 ROW = {"text": "a text", "label": 0}
@@ -518,6 +533,8 @@ class TestCorpora:
             ({"text": "a", "label": 2}, "label 0 or 1"),
             ({"text": "a", "label": "1"}, "label 0 or 1"),
             ({"text": "a", "label": 0, "origin": "tool"}, "origin must be"),
+            ({"text": "a", "label": 1, "kind": ["jailbreak"]}, "kind and source must be"),
+            ({"text": "a", "label": 0, "source": 5}, "kind and source must be"),
         ],
     )
     def test_a_bad_row_is_named(self, tmp_path, row, problem):
@@ -531,9 +548,17 @@ class TestCorpora:
         with pytest.raises(InputError, match=r"a\.jsonl"):
             read_corpora([tmp_path])
 
+    @pytest.mark.parametrize("line", [200_000 * "[", '{"label": ' + 5000 * "9"], ids=["[", "9"])
+    def test_what_json_cannot_hold(self, tmp_path, line):
+        path = self.write(tmp_path / "a.jsonl", ROW)
+        path.write_text(path.read_text() + line)
+        with pytest.raises(InputError, match=r"a\.jsonl:2: "):
+            read_corpora([path])
+
     def test_a_damaged_archive(self, tmp_path):
         data = gzip.compress(json.dumps(ROW).encode() * 50)
-        for number, bad in enumerate((data[:-9], b"plain", data[:20])):
+        flipped = data[:12] + bytes(255 - byte for byte in data[12:])
+        for number, bad in enumerate((data[:-9], b"plain", data[:20], flipped)):
             path = tmp_path / f"{number}.jsonl.gz"
             path.write_bytes(bad)
             with pytest.raises(InputError, match="cannot be read"):
@@ -592,7 +617,6 @@ class TestActivations:
             own = store.data[store.starts[text] : store.starts[text + 1]]
             np.testing.assert_allclose(own, expected, rtol=2e-3, atol=2e-3)
             assert store.n_tokens[text] == reader.count_tokens(TEXTS[text])
-        assert store.text_of_window().tolist() == sorted(store.text_of_window())
 
     def test_what_was_read_is_not_read_again(self, reader, tmp_path):
         first = self.windows(reader, tmp_path)
@@ -627,6 +651,40 @@ class TestActivations:
             journal.write_bytes(journal.read_bytes()[:-9])
         store = self.windows(reader, tmp_path)
         fresh = self.windows(reader, tmp_path / "fresh")
+        np.testing.assert_array_equal(store.data, fresh.data)
+        counting = CountingReader(reader)
+        again = self.windows(counting, tmp_path)
+        assert counting.read == 0
+        np.testing.assert_array_equal(again.data, fresh.data)
+
+    def test_two_runs_at_once(self, reader, tmp_path):
+        """The second waits, so that no text is given the rows of another."""
+        waits = threading.Event()
+
+        def second():
+            read_windows(
+                TEXTS[:9],
+                reader,
+                TINY_LAYOUT,
+                key="key",
+                cache=tmp_path,
+                progress=lambda *_: waits.set(),
+            )
+
+        class First(CountingReader):
+            def window_means(self, texts, **options):
+                runs.append(pool.submit(second))
+                assert waits.wait(60)
+                return super().window_means(texts, **options)
+
+        runs = []
+        with ThreadPoolExecutor() as pool:
+            self.windows(First(reader), tmp_path, TEXTS[9:20])
+            runs[0].result()
+        counting = CountingReader(reader)
+        store = self.windows(counting, tmp_path, TEXTS[:20])
+        assert counting.read == 0
+        fresh = self.windows(reader, tmp_path / "fresh", TEXTS[:20])
         np.testing.assert_array_equal(store.data, fresh.data)
 
     def test_a_shortened_file_is_refused(self, reader, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from .. import _core
 from ..errors import InputError
+from ..locking import locked
 
 __all__ = ["Layout", "WindowStore", "read_windows"]
 
@@ -52,10 +54,6 @@ class WindowStore:
     starts: npt.NDArray[np.int64]
     n_tokens: npt.NDArray[np.int64]
 
-    def text_of_window(self) -> npt.NDArray[np.int64]:
-        """Int64 ``(n_windows,)``: the text each window belongs to."""
-        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
-
 
 def read_windows(
     texts: Sequence[str],
@@ -70,7 +68,7 @@ def read_windows(
     activations are brought to a root mean square of 1 per site.
 
     The cache is a growing file per (detector, arithmetic, layout); texts already in it, from any
-    corpus, are not read again.
+    corpus, are not read again. One process at a time reads into it; others wait.
 
     Parameters
     ----------
@@ -89,9 +87,20 @@ def read_windows(
     settings = json.dumps([key, arithmetic, "unit rms", asdict(layout)], sort_keys=True)
     name = hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder = cache / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(settings)
-    index = _Index(folder)
+    # Rows of two processes at once would lie over each other, and texts get those of others.
+    with locked(folder, progress):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(settings)
+        return _read_into(_Index(folder), texts, reader, layout, progress)
+
+
+def _read_into(
+    index: _Index,
+    texts: Sequence[str],
+    reader: _core.Reader,
+    layout: Layout,
+    progress: Progress | None,
+) -> WindowStore:
     digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
     seen = set(index.entries)
     missing = []
@@ -131,13 +140,20 @@ class _Index:
             self._read_journal()
 
     def _read_journal(self) -> None:
-        for line in self._journal.read_text().splitlines():
+        good = 0
+        for line in self._journal.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
             try:
                 digest, start, end, tokens, width = json.loads(line)
             except ValueError:
-                break  # A line cut off by a stop: its rows are overwritten.
+                break
             self.entries[digest] = (start, end, tokens)
             self._rows, self._width = max(self._rows, end), width
+            good += len(line)
+        # A line cut off by a stop: its rows are overwritten, and the next line begins in its place.
+        if good < self._journal.stat().st_size:
+            os.truncate(self._journal, good)
         have = self._data.stat().st_size if self._data.exists() else 0
         if have < self._rows * self._width * 2:
             raise InputError(f"{self._data} is shorter than its index: delete {self._data.parent}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,14 +115,15 @@ def _read(path: Path) -> Iterator[Row]:
                 row = _parse(line, name, f"{path}:{number}") if line.strip() else None
                 if row is not None:
                     yield row
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def _parse(line: str, default_source: str, where: str) -> Row | None:
     try:
         return row_from(json.loads(line), default_source)
-    except (json.JSONDecodeError, InputError) as error:
+    # Besides what is no JSON: numbers and nesting beyond what Python reads.
+    except (ValueError, RecursionError, InputError) as error:
         raise InputError(f"{where}: {error}") from None
 
 
@@ -144,7 +146,7 @@ def row_from(values: Any, default_source: str) -> Row | None:
     Raises
     ------
     InputError
-        If it has no text and label, or an unknown origin.
+        If it has no text and label, a kind or source that is no string, or an unknown origin.
     """
     try:
         text, label = values["text"], values["label"]
@@ -153,9 +155,11 @@ def row_from(values: Any, default_source: str) -> Row | None:
     if not isinstance(text, str) or label not in (0, 1):
         raise InputError("text must be a string, label 0 or 1 (1 = attack)")
     kind = values.get("kind") or ("attack" if label else "benign")
+    source = values.get("source") or default_source
+    if not isinstance(kind, str) or not isinstance(source, str):
+        raise InputError("kind and source must be strings")
     if kind == "harmful_request" or not text.strip():
         return None
-    source = values.get("source") or default_source
     known = _ATTACK_ORIGINS.get(kind) if label else _SOURCE_ORIGINS.get(source)
     origin = values.get("origin") or known
     if origin not in ("user", "document", None):

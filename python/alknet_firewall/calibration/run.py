@@ -92,7 +92,12 @@ def calibrate(
 
 
 def calibrate_null(
-    detector: Path, paths: Sequence[Path], out: Path, *, progress: Progress | None = None
+    detector: Path,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    **corpus_options: Any,
 ) -> Path:
     """Re-calibrate the null of a detector's codebook on one's own ordinary text."""
     metadata = _core.inspect_codebook(str(detector / CODEBOOK))
@@ -100,7 +105,9 @@ def calibrate_null(
         n: int(metadata[n]) for n in ("window", "stride", "segment_tokens", "segment_overlap")
     }
     layout = replace(Layout(), sites=tuple(metadata["sites"].split(",")), **numbers)
-    corpus = load_corpus(detector, paths, layout, authored=False, progress=progress)
+    corpus = load_corpus(
+        detector, paths, layout, authored=False, progress=progress, **corpus_options
+    )
     recalibrate(detector / CODEBOOK, corpus, out)
     return out
 
