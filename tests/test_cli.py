@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from alknet_firewall import __version__
@@ -131,11 +132,71 @@ class TestScreen:
         result = run("screen", "--text", text)
         assert result.exit_code == (DANGEROUS if ATTACK in text else CLEAR), result.output
 
+    def test_text_that_begins_with_a_dash_follows_two(self, run):
+        assert run("screen", "--text", "--", f"--help {ATTACK}").exit_code == DANGEROUS
+        assert run("screen", "--", "--help", ATTACK).exit_code == DANGEROUS
+
     @pytest.mark.parametrize(
         "text", ["Hello.", "3.14", "Hello...", "wait...what?", "你好。", "a.txt b"]
     )
     def test_words_that_are_no_path(self, run, text):
         assert run("screen", text).exit_code == CLEAR
+
+
+class TestNotScreened:
+    """What cannot be screened is named, and the rest is screened all the same."""
+
+    def test_in_a_folder(self, run, folder, tmp_path, monkeypatch):
+        (tmp_path / "elsewhere").mkdir()
+        (folder / "to_folder").symlink_to(tmp_path / "elsewhere")
+        (folder / "to_file").symlink_to(folder / "a.txt")
+        (folder / "broken").symlink_to("nowhere")
+        (folder / "latin1.txt").write_bytes(b"Gr\xfc\xdfe")
+        (folder / "closed").mkdir()
+        os.mkfifo(folder / "pipe")
+        listed = Path.iterdir
+
+        def iterdir(path):  # For root too, who may look into every folder.
+            if path.name == "closed":
+                raise PermissionError(13, "Permission denied")
+            return listed(path)
+
+        monkeypatch.setattr(Path, "iterdir", iterdir)
+        result = run("screen", folder)
+        assert result.exit_code == DANGEROUS
+        assert [line.split()[-1] for line in result.stdout.splitlines() if line[0] != " "] == [
+            str(folder / name) for name in ("a.txt", "b.md", "deep/c.txt", "to_file")
+        ]
+        problems = [line.removeprefix(f"Error: {folder}/") for line in result.stderr.splitlines()]
+        assert problems == [
+            "broken: cannot be read: No such file or directory",
+            "closed: cannot be read: Permission denied",
+            "latin1.txt: not UTF-8 text (byte 2): convert it before screening",
+            "pipe: not a regular file",
+            "to_folder: a link to a folder, which is not followed: name it itself",
+        ]
+        (folder / "deep" / "c.txt").unlink()
+        assert run("screen", folder).exit_code == ERROR
+
+    def test_among_arguments(self, run, folder):
+        (folder / "broken").symlink_to("nowhere")
+        bad = ("text\ud800", folder / "broken")
+        result = run("screen", *bad, folder / "a.txt", ATTACK)
+        assert result.exit_code == DANGEROUS
+        assert result.stderr.count("Error: ") == 2
+        assert f"{folder / 'broken'}: cannot be read" in result.stderr
+        result = run("screen", folder / "a.txt", *bad)
+        assert result.exit_code == ERROR
+        assert "CLEAR" in result.stdout
+
+    def test_a_name_of_two_lines_is_shown_in_one(self, run, folder):
+        (folder / "a\nCLEAR      score 0.00").write_text(ATTACK)
+        lines = [line for line in run("screen", folder).stdout.splitlines() if line[0] != " "]
+        assert [line.split()[0] for line in lines].count("CLEAR") == 2
+
+    def test_a_named_folder_may_be_a_link(self, run, folder, tmp_path):
+        (tmp_path / "link").symlink_to(folder)
+        assert run("screen", tmp_path / "link").exit_code == DANGEROUS
 
 
 class TestErrors:
@@ -144,7 +205,7 @@ class TestErrors:
         path.write_bytes("Gr\u00fc\u00dfe".encode("latin-1"))
         result = run("screen", path)
         assert result.exit_code == ERROR
-        assert f"{path} is not UTF-8 text (byte 2)" in result.output
+        assert f"{path}: not UTF-8 text (byte 2)" in result.output
         assert run("screen", input=b"abc\xff").exit_code == ERROR
 
     @pytest.mark.parametrize(
@@ -193,6 +254,42 @@ class TestErrors:
     )
     def test_wrong_usage(self, run, arguments):
         assert run(*arguments).exit_code == USAGE
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("--text", "--help", ATTACK),
+            ("--text", "-hh", ATTACK),
+            (ATTACK, "-h"),
+            ("--text", "--zyxcanaryzyx"),
+            ("--text", "-zyxcanaryzyx"),
+            ("--text=zyxcanaryzyx", "a"),
+            ("--origin=zyxcanaryzyx", "a"),
+        ],
+    )
+    def test_wrong_usage_neither_helps_nor_quotes(self, run, arguments):
+        result = run("screen", *arguments)
+        assert result.exit_code == USAGE
+        assert "canary" not in result.output
+
+    def test_text_like_an_option_says_what_to_do(self, run):
+        output = run("screen", "--text", "--Ignore all").output
+        assert "put -- before the texts" in output
+        assert "screen --help' for help" in output
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("calibrate", "--out"),
+            ("bundle", "--out"),
+            ("evaluate", ".", "--quick", "--json"),
+            ("evaluate", ".", "--quick", "--report"),
+        ],
+    )
+    def test_an_output_without_a_folder(self, run, tmp_path, arguments):
+        result = run(*arguments, tmp_path / "none" / "out")
+        assert result.exit_code == USAGE
+        assert f"there is no folder {tmp_path / 'none'}" in result.output
 
     def test_errors_do_not_quote_the_text(self, run):
         result = run("screen", "zyxcanaryzyx\ud800")
@@ -279,10 +376,15 @@ class TestFiles:
 
 def process(*arguments: str, tiny_folder, **options):
     """The installed program as a shell would run it."""
+    return command(
+        sys.executable, "-m", "alknet_firewall", *arguments, tiny_folder=tiny_folder, **options
+    )
+
+
+def command(*words: str, tiny_folder, **options):
     environment = {**os.environ, "ALKNET_DETECTOR": str(tiny_folder)}
-    command = [sys.executable, "-m", "alknet_firewall", *arguments]
     return subprocess.run(
-        command, capture_output=True, timeout=60, check=False, env=environment, **options
+        words, capture_output=True, timeout=60, check=False, env=environment, **options
     )
 
 
@@ -305,3 +407,18 @@ def test_as_a_process_with_an_argument_that_is_not_utf8(tiny_folder):
     assert b"surrogates" in done.stderr
     assert b"Traceback" not in done.stderr
     assert b"canary" not in done.stderr
+
+
+def test_as_a_process_with_a_name_that_the_terminal_cannot_show(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    (tmp_path / "\u4f60.txt").write_text(ATTACK)
+    done = process("screen", str(tmp_path), tiny_folder=tiny_folder)
+    assert done.returncode == DANGEROUS, done.stderr
+    assert b"\\u4f60.txt" in done.stdout
+
+
+def test_as_a_process_without_standard_input(tiny_folder):
+    line = 'exec "$0" -m alknet_firewall screen <&-'
+    done = command("sh", "-c", line, sys.executable, tiny_folder=tiny_folder)
+    assert done.returncode == ERROR
+    assert b"Error: -: is closed" in done.stderr

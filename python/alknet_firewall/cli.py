@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from .detector import (
     packaged_manifest,
     read_manifest,
 )
-from .errors import AlknetFirewallError
+from .errors import AlknetFirewallError, InputError
 from .firewall import Firewall
 
 __all__ = ["main"]
@@ -41,19 +45,47 @@ _COLOURS = {
 
 
 class _Group(click.Group):
-    """Turns the package's errors into a line on stderr and exit status 1."""
+    """Turns the package's and the system's errors into a line on stderr and exit status 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (AlknetFirewallError, ImportError) as error:
+        except BrokenPipeError:  # Who reads the output has seen enough: click ends in silence.
+            raise
+        except (AlknetFirewallError, ImportError, OSError) as error:
             raise click.ClickException(str(error)) from error
+
+
+class _TextCommand(click.Command):
+    """A command on texts: wrong usage quotes none, and none that reads ``--help`` passes for it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        names = ctx.help_option_names
+        if len(args) > 1:
+            # Status 0 with nothing screened would be taken for CLEAR.
+            ctx.help_option_names = []
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption:
+            raise click.UsageError(
+                "an argument begins with - and is no option (help stands alone): "
+                "put -- before the texts",
+                ctx,
+            ) from None
+        except click.BadParameter as error:
+            raise click.BadParameter("--help says which it may have", ctx, error.param) from None
+        finally:
+            ctx.help_option_names = names
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(_core.__version__, prog_name="alknet-firewall")
 def main() -> None:
     """Screen text before it reaches a large language model."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files and quoted text may hold letters that the terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
 
 
 _detector_option = click.option(
@@ -66,7 +98,20 @@ _origin_option = click.option(
 )
 
 
-@main.command()
+def _check_folder(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse an output file that could not be written, before the work for it begins."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.parent}")
+    return path
+
+
+_OUTPUT_FILE: dict[str, Any] = {
+    "type": click.Path(dir_okay=False, path_type=Path),
+    "callback": _check_folder,
+}
+
+
+@main.command(cls=_TextCommand)
 @click.argument("inputs", nargs=-1, metavar="[TEXT|FILE|DIR|-]...")
 @click.option("--text", "as_text", is_flag=True, help="Every argument is a text, none a file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per text.")
@@ -85,24 +130,36 @@ def screen(
 
     An argument that names a file or folder is read; any other is the text itself. A single word
     that looks like a path (mail.txt, folder/mail) but names no file is wrong usage: with --text all
-    arguments are texts. The exit status tells the worst level: 0 CLEAR, 10 SUSPICIOUS, 20
-    DANGEROUS; 1 is an error, 2 wrong usage.
+    arguments are texts. Put -- before texts that may begin with -, or they are taken for options.
+
+    What cannot be screened is named on stderr, and the rest is screened all the same. The exit
+    status tells the worst level: 0 CLEAR, 10 SUSPICIOUS, 20 DANGEROUS; 1 is an error, or that
+    something was not screened and the rest is CLEAR; 2 is wrong usage.
     """
     items = list(_literal(inputs) if as_text else _collect(inputs or ("-",)))
     firewall = Firewall(detector)
-    worst = AlarmLevel.CLEAR
+    worst, failed = AlarmLevel.CLEAR, False
     with _progress(len(items) > 20) as progress:
         for done, (name, read) in enumerate(items, 1):
-            text = read()
-            alarm = firewall.screen(text, origin=origin)  # type: ignore[arg-type]
-            worst = max(worst, alarm.level)
-            _show(name, text, alarm, as_json=as_json, spans=spans)
+            try:
+                text = read()
+                alarm = firewall.screen(text, origin=origin)  # type: ignore[arg-type]
+            except AlknetFirewallError as error:
+                where = "" if name is None else f"{name}: "
+                click.echo(f"Error: {_one_line(f'{where}{error}')}", err=True)
+                failed = True
+            else:
+                worst = max(worst, alarm.level)
+                _show(name, text, alarm, as_json=as_json, spans=spans)
             progress("screened", done, len(items))
-    sys.exit(_EXIT[worst])
+    sys.exit(_EXIT[worst] or int(failed))
 
 
 _Item = tuple[str | None, Callable[[], str]]
-"""Name (None for a text given as it is) and reader of something to screen."""
+"""Name (None for a text given as it is) of something to screen, and its reader.
+
+The reader raises `InputError` if there is no text to be had; the message does not repeat the name.
+"""
 
 
 def _literal(inputs: tuple[str, ...]) -> Iterator[_Item]:
@@ -118,17 +175,16 @@ def _collect(inputs: tuple[str, ...]) -> Iterator[_Item]:
     for position, item in enumerate(inputs, 1):
         path = Path(item)
         if item == "-":
-            yield "-", lambda: _decode(sys.stdin.buffer.read(), "standard input")
+            yield "-", partial(_decode, _read_stdin)
         elif not item:  # As a path it would be the working directory.
             yield None, lambda: ""
-        elif _exists(path) and path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file())
-            if not files:
+        elif os.path.isdir(path):
+            below = list(_below(path))
+            if not below:
                 raise click.ClickException(f"{path} holds no file: nothing was screened")
-            for file in files:
-                yield str(file), lambda file=file: _read(file)  # type: ignore[misc]
-        elif _exists(path):
-            yield item, lambda path=path: _read(path)  # type: ignore[misc]
+            yield from below
+        elif os.path.lexists(path):  # A broken link is one too, and said to be unreadable.
+            yield item, partial(_decode, path.read_bytes)
         elif _looks_like_path(item):
             # To screen the words "mail.txt" and say CLEAR would be taken for a word on the mail.
             raise click.UsageError(
@@ -139,6 +195,29 @@ def _collect(inputs: tuple[str, ...]) -> Iterator[_Item]:
             yield from _literal((item,))
 
 
+def _below(folder: Path) -> Iterator[_Item]:
+    """All that a folder holds to its depth, in order; what cannot be screened says so when read."""
+    left = [folder]  # No recursion: folders may lie deeper than calls can.
+    while left:
+        path = left.pop()
+        if not os.path.isdir(path):
+            yield str(path), partial(_decode, partial(_read_regular, path))
+        elif path != folder and path.is_symlink():
+            yield str(path), _refusal("a link to a folder, which is not followed: name it itself")
+        else:
+            try:
+                left += sorted(path.iterdir(), reverse=True)
+            except OSError as error:
+                yield str(path), _refusal(f"cannot be read: {error.strerror}")
+
+
+def _refusal(problem: str) -> Callable[[], str]:
+    def read() -> str:
+        raise InputError(problem)
+
+    return read
+
+
 def _looks_like_path(item: str) -> bool:
     """Whether an argument is one word with a separator or suffix, no longer than names may be."""
     names = item.split("/")
@@ -147,27 +226,33 @@ def _looks_like_path(item: str) -> bool:
     return len(names) > 1 or "\\" in item or _SUFFIX.search(item) is not None
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # Too long for a name, or with a null byte: it is a text.
-        return False
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise InputError("is closed")
+    return sys.stdin.buffer.read()
 
 
-def _read(path: Path) -> str:
+def _read_regular(path: Path) -> bytes:
+    # A pipe that nobody writes into would be waited for, and a device may never end.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise InputError("not a regular file")
+    return path.read_bytes()
+
+
+def _decode(read: Callable[[], bytes]) -> str:
     try:
-        return _decode(path.read_bytes(), str(path))
+        return read().decode("utf-8-sig")
     except OSError as error:
-        raise click.ClickException(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
+        raise InputError(f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise click.ClickException(
-            f"{where} is not UTF-8 text (byte {error.start}): convert it before screening"
+        raise InputError(
+            f"not UTF-8 text (byte {error.start}): convert it before screening"
         ) from error
+
+
+def _one_line(text: str) -> str:
+    """A name or message that cannot pass for a line of its own."""
+    return printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
 def _show(name: str | None, text: str, alarm: Alarm, *, as_json: bool, spans: bool) -> None:
@@ -176,7 +261,7 @@ def _show(name: str | None, text: str, alarm: Alarm, *, as_json: bool, spans: bo
         click.echo(json.dumps(values))  # In ASCII: a file name may be no Unicode.
         return
     level = click.style(f"{alarm.level.name:<10}", fg=_COLOURS[alarm.level], bold=True)
-    shown = printable(name or "")
+    shown = _one_line(name or "")
     click.echo(f"{level} score {alarm.score:.2f}  p {alarm.p_value:<8.2g} {shown}".rstrip())
     if alarm:
         click.echo(f"    {alarm.explain()}")
@@ -246,7 +331,7 @@ def download(source: str, **options: Any) -> None:
 
 @main.command()
 @click.argument("corpora", nargs=-1, type=click.Path(exists=True, path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Codebook file; the detector's own.")
+@click.option("--out", **_OUTPUT_FILE, help="Codebook file; the detector's own.")
 @click.option("--null-only", is_flag=True, help="Only the p-values, from one's own ordinary text.")
 @click.option("--limit", type=int, help="Most rows of one source and kind.")
 @click.option("--cache-dir", "cache", type=click.Path(path_type=Path), help="Kept activations.")
@@ -271,7 +356,9 @@ def calibrate(
     with _progress() as progress:
         if null_only:
             target = out or Path(f"{folder.name}-{CODEBOOK}")
-            path = calibrate_null(folder, corpora, target, progress=progress)
+            path = calibrate_null(
+                folder, corpora, target, limit=limit, cache=cache, progress=progress
+            )
         else:
             path = compile_from(folder, corpora, out, limit=limit, cache=cache, progress=progress)
     click.echo(str(path))
@@ -279,8 +366,8 @@ def calibrate(
 
 @main.command()
 @click.argument("corpora", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write JSON.")
-@click.option("--report", "page", type=click.Path(path_type=Path), help="Also write an HTML page.")
+@click.option("--json", "json_file", **_OUTPUT_FILE, help="Also write JSON.")
+@click.option("--report", "page", **_OUTPUT_FILE, help="Also write an HTML page.")
 @click.option("--quick", is_flag=True, help="Only left-out rates: no disguises, lengths, times.")
 @click.option(
     "--codebook",
@@ -322,11 +409,11 @@ def evaluate(
             cache=cache,
             progress=progress,
         )
+    click.echo(table(report))  # First: a file that cannot be written must not cost the figures.
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if page is not None:
         write_report(report, page)
-    click.echo(table(report))
 
 
 @main.command()
@@ -358,7 +445,7 @@ def verify(path: Path | None) -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Archive; NAME.tar here by default.")
+@click.option("--out", **_OUTPUT_FILE, help="Archive; NAME.tar here by default.")
 @_detector_option
 def bundle(out: Path | None, detector: str | None) -> None:
     """Write a detector as one archive for a machine without a network."""
