@@ -75,6 +75,16 @@ class TestPrecedence:
         (tmp_path / "alknet-firewall" / "config.toml").write_text("max_tokens = 7\n")
         assert FirewallConfig.load().max_tokens == 7
 
+    @pytest.mark.parametrize("home", [None, "/dev/null"])
+    def test_without_a_home_there_is_no_file(self, monkeypatch, home):
+        monkeypatch.delenv("XDG_CONFIG_HOME")
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # A user that the system does not know.
+        if home is None:
+            monkeypatch.delenv("HOME", raising=False)
+        else:
+            monkeypatch.setenv("HOME", home)
+        assert FirewallConfig.load() == FirewallConfig()
+
     def test_variables_that_are_not_options(self, tmp_path, monkeypatch):
         monkeypatch.setenv("ALKNET_HOME", str(tmp_path))
         assert FirewallConfig.load() == FirewallConfig()
@@ -117,7 +127,10 @@ class TestRefused:
         with pytest.raises(ConfigError, match=path.name):
             FirewallConfig.load()
 
-    @pytest.mark.parametrize("text", ["threads = ", "\x00", "[thresholds"])
+    @pytest.mark.parametrize(
+        "text",
+        ["threads = ", "\x00", "[thresholds", pytest.param("threads = " + 5000 * "9", id="digits")],
+    )
     def test_a_file_that_is_not_toml(self, file, text):
         path = file(text)
         with pytest.raises(ConfigError, match=path.name):
@@ -145,7 +158,9 @@ class TestRefused:
             {"thresholds": (0.3, 0.7)},
             {"max_tokens": 0},
             {"max_tokens": 1.5},
+            {"max_tokens": 2**31},
             {"threads": -1},
+            {"threads": 1025},
             {"threads": True},
             {"engine": "torch"},
             {"engine": ["native"]},

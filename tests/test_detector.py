@@ -108,6 +108,13 @@ class TestFindDetector:
         with pytest.raises(ModelLoadError, match=r"has no tokenizer\.json"):
             detector.find_detector("mine")
 
+    def test_without_a_home(self, monkeypatch):
+        with pytest.raises(ModelLoadError, match="there is no detector at ~nosuch/x"):
+            detector.find_detector("~nosuch/x")
+        monkeypatch.setenv("ALKNET_HOME", "~nosuch/x")
+        with pytest.raises(ConfigError, match="ALKNET_HOME"):
+            detector.find_detector("mine")
+
     @pytest.mark.parametrize("name", ["", "..x y", "Ünicode", "UPPER", "a" * 65, "a\n"])
     def test_impossible_names(self, home, name):
         with pytest.raises(ConfigError):

@@ -18,6 +18,9 @@ __all__ = ["FirewallConfig"]
 # ALKNET_* variables that are not options of a firewall: where things are kept, which file to read.
 _OTHER_VARIABLES = {"ALKNET_CONFIG", "ALKNET_HOME"}
 
+# The engine keeps a place for every thread: far more than machines have cores take all memory.
+_MOST = {"max_tokens": 2**31 - 1, "threads": 1024}
+
 
 @dataclass(frozen=True, slots=True)
 class FirewallConfig:
@@ -32,12 +35,12 @@ class FirewallConfig:
     thresholds : Thresholds
         Scores at which the level rises.
     max_tokens : int or None
-        Most tokens of a text that are read, at least 1; a longer text is at least SUSPICIOUS.
+        Most tokens of a text that are read, 1 to 2**31 - 1; a longer text is at least SUSPICIOUS.
         None reads everything.
     engine : "native" or "candle"
         The CPU kernels of this library, or the portable fp32 reference.
     threads : int or None
-        Threads of the engine, at least 1; None takes what affinity and the container's quota allow.
+        Threads of the engine, 1 to 1024; None takes what affinity and the container's quota allow.
     isa : str or None
         Holds the native engine to an instruction set (``scalar``, ``avx2``, ``avxvnni``,
         ``avx512``, ``avx512bf16``, ``amx``); None takes the best one of this CPU.
@@ -71,10 +74,10 @@ class FirewallConfig:
                 f"thresholds suspicious={low!r}, dangerous={high!r}: "
                 "0 < suspicious <= dangerous <= 1 is needed"
             )
-        for name in ("max_tokens", "threads"):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value!r}: 1 or more is needed, or None")
+            if value is not None and not 1 <= value <= most:
+                raise ConfigError(f"{name} is {value!r}: 1 to {most} is needed, or None")
         for name, allowed in (("engine", ("native", "candle")), ("on_error", ("raise", "block"))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: one of {allowed} is needed")
@@ -145,14 +148,17 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 def _from_file() -> dict[str, Any]:
     named = os.environ.get("ALKNET_CONFIG")
     home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    path = Path(named) if named else Path(home).expanduser() / "alknet-firewall" / "config.toml"
+    try:
+        path = Path(named) if named else Path(home).expanduser() / "alknet-firewall" / "config.toml"
+    except RuntimeError:  # Without a home there is no file in it.
+        return {}
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # Some services have /dev/null as home.
         if named:
             raise ConfigError(f"ALKNET_CONFIG names {path}, which does not exist") from None
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     _check_names(values, f"key in {path}:")
     if "thresholds" in values:

@@ -246,7 +246,10 @@ def find_detector(name_or_path: str | os.PathLike[str], *, own_model: bool = Tru
     Only names are looked at here, not contents: the loader compares hashes.
     """
     if not isinstance(name_or_path, str) or _is_path(name_or_path):
-        folder = Path(name_or_path).expanduser()
+        try:
+            folder = Path(name_or_path).expanduser()
+        except RuntimeError as error:
+            raise ModelLoadError(f"there is no detector at {name_or_path}: {error}") from error
         if not own_model and folder.is_dir():
             return folder
         return _complete(folder, f"setup --source pypi|hub|PATH --out {folder}")
@@ -358,11 +361,14 @@ def stream_sha256(
 
 
 def _home(variable: str, default: str) -> Path:
-    if home := os.environ.get("ALKNET_HOME"):
-        return Path(home).expanduser().absolute()
-    base = os.environ.get(variable)
-    # The XDG specification has relative paths ignored.
-    folder = Path(base) if base and os.path.isabs(base) else Path.home() / default
+    try:
+        if home := os.environ.get("ALKNET_HOME"):
+            return Path(home).expanduser().absolute()
+        base = os.environ.get(variable)
+        # The XDG specification has relative paths ignored.
+        folder = Path(base) if base and os.path.isabs(base) else Path.home() / default
+    except RuntimeError as error:
+        raise ConfigError("there is no home folder: set ALKNET_HOME to a full path") from error
     return folder / "alknet-firewall"
 
 
