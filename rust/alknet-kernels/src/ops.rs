@@ -683,7 +683,7 @@ impl Pass {
 fn grid(threads: usize, rows: usize, units: usize) -> (usize, usize) {
     /// Units of rows that are multiplied while their weights are read: fewer take as long.
     const LEAST: usize = 2;
-    let cut = |row_shares: usize| (row_shares, threads / row_shares);
+    let cut = |row_shares: usize| (row_shares, (threads / row_shares).min(units.max(1)));
     let largest = |&(row_shares, column_shares): &(usize, usize)| {
         let row_units = rows.div_ceil(TILE_ROWS).div_ceil(row_shares);
         row_units.max(LEAST) * units.div_ceil(column_shares)
@@ -783,5 +783,6 @@ mod tests {
         let (row_shares, column_shares) = grid(64, 512, 18);
         assert!(row_shares * column_shares <= 64 && row_shares > 1);
         assert_eq!(grid(3, 0, 18), (1, 3));
+        assert_eq!(grid(64, 16, 3), (1, 3));
     }
 }
