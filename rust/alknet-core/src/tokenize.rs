@@ -11,7 +11,8 @@
 //!   drops the byte alone, and then reports wrong offsets for the rest of the word. A text of such
 //!   characters only has no tokens.
 //! - Long texts are tokenized part by part. The library needs up to 450 bytes of memory per byte of
-//!   text; so the need is bounded by the part (or the longest word), not by the text.
+//!   text; so the need is bounded by the part, not by the text. A word that fills the largest part is
+//!   cut, and its tokens there may, though hardly ever do, differ from those of the whole word.
 
 mod file;
 
@@ -21,11 +22,14 @@ use tokenizers::{PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use crate::{
     error::{Error, Result},
-    model::TokenId,
+    model::{TokenId, config::read_json},
 };
 
 /// Bytes of text that are tokenized at once, where the tokenizer can be stopped and restarted.
 const PART_BYTES: usize = 16 << 10;
+
+/// Most bytes that are tokenized at once for the sake of a word that fills a part: some 120 MB of memory.
+const MAX_PART_BYTES: usize = 256 << 10;
 
 /// A tokenized text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -55,9 +59,8 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::ModelLoad`] when the file is missing, damaged, or of another kind.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path)
-            .map_err(|error| Error::model(path, format!("cannot be read: {error}")))?;
-        let inner = file::parse(&bytes).map_err(|problem| Error::model(path, problem))?;
+        let inner =
+            file::parse(&read_json(path)?).map_err(|problem| Error::model(path, problem))?;
         Ok(Self::new(inner))
     }
 
@@ -94,11 +97,11 @@ impl Tokenizer {
         let mut end = self.encode_run(text, run, PART_BYTES, limit, &mut result)?;
         if text.len() - end > most_left {
             let front = self.encode(&text[end..])?;
-            let kept = whole_characters(&front, text.len() - end - most_left);
+            let (kept, read) = whole_characters(&front.offsets, text.len() - end - most_left);
             let shifted = front.offsets[..kept].iter().map(|&(a, b)| (end + a, end + b));
             result.offsets.extend(shifted);
             result.input_ids.extend(&front.input_ids[..kept]);
-            end += kept.checked_sub(1).map_or(0, |last| front.offsets[last].1);
+            end += read;
         }
         Ok((result, end))
     }
@@ -155,9 +158,10 @@ impl Tokenizer {
                 .encode(&text[start..end], false)
                 .map_err(|error| Error::Input(format!("the text cannot be tokenized: {error}")))?;
             let limit = margin.map_or(decided, |margin| Some(end.saturating_sub(margin)));
+            let largest = margin.is_some() && len >= MAX_PART_BYTES;
             let (kept, read) = match limit {
                 None => (part.len(), end - start),
-                Some(limit) => settled(&part, limit.saturating_sub(start)),
+                Some(limit) => settled(&part, limit.saturating_sub(start), largest),
             };
             result.input_ids.extend(&part.get_ids()[..kept]);
             let offsets = &part.get_offsets()[..kept];
@@ -173,20 +177,26 @@ impl Tokenizer {
     }
 }
 
-/// The tokens of all words that end before `limit`, and where the last of them ends.
-fn settled(part: &tokenizers::Encoding, limit: usize) -> (usize, usize) {
+/// The tokens of all words that end before `limit`, and where the last of them ends; of a word that
+/// goes on for longer those of its front, if it may be cut.
+fn settled(part: &tokenizers::Encoding, limit: usize, cut: bool) -> (usize, usize) {
     let (words, offsets) = (part.get_word_ids(), part.get_offsets());
     (1..words.len())
         .rev()
         .find(|&i| words[i] != words[i - 1] && offsets[i - 1].1 <= limit)
-        .map_or((0, 0), |i| (i, offsets[i - 1].1))
+        .map(|i| (i, offsets[i - 1].1))
+        .or_else(|| cut.then(|| whole_characters(offsets, limit)))
+        .unwrap_or_default()
 }
 
-/// How many tokens end up to `limit` and share no character with the next one.
-fn whole_characters(encoding: &Encoding, limit: usize) -> usize {
-    let offsets = &encoding.offsets;
+/// The tokens that end up to `limit`, but for those that share a character with the next one, and where
+/// the last of them ends.
+fn whole_characters(offsets: &[(usize, usize)], limit: usize) -> (usize, usize) {
     let apart = |i: usize| offsets.get(i).is_none_or(|next| offsets[i - 1].1 <= next.0);
-    (1..=offsets.len()).rev().find(|&i| offsets[i - 1].1 <= limit && apart(i)).unwrap_or(0)
+    (1..=offsets.len())
+        .rev()
+        .find(|&i| offsets[i - 1].1 <= limit && apart(i))
+        .map_or((0, 0), |i| (i, offsets[i - 1].1))
 }
 
 /// The character boundary at or before `index`.
@@ -288,6 +298,22 @@ mod tests {
     fn characters_without_a_token_are_skipped() {
         assert_eq!(spans(&tiny(), "a\u{4}!\u{4}"), ["a", "!"]);
         assert!(spans(&tiny(), &"\u{4}".repeat(100)).is_empty());
+    }
+
+    #[test]
+    fn a_word_without_end_is_cut_and_what_has_arrived_of_it_given_out() {
+        for character in ["a", "é", "的", "👋"] {
+            let text = character.repeat(3 * MAX_PART_BYTES / 2 / character.len());
+            let tokenizer = tiny();
+            let whole = tokenizer.encode(&text).unwrap();
+            let uncut = tokenizer.inner.encode(text.as_str(), false).unwrap();
+            assert_eq!(whole.input_ids, uncut.get_ids());
+            assert_eq!(whole.offsets, uncut.get_offsets());
+            let (front, end) = tokenizer.encode_arriving(&text, usize::MAX).unwrap();
+            assert!(end > MAX_PART_BYTES / 2, "{end} bytes of {character:?}");
+            let rest = tokenizer.encode(&text[end..]).unwrap();
+            assert_eq!([front.input_ids, rest.input_ids].concat(), whole.input_ids);
+        }
     }
 
     proptest! {

@@ -195,8 +195,7 @@ fn novelty_is_suspicious_and_never_dangerous() {
     assert!(alarm.novelty_p_value < 1e-4 && alarm.p_value > 0.001);
     let thresholds = Thresholds { suspicious: 0.1, dangerous: 0.2 };
     let strict = firewall_with(&FirewallOptions { thresholds, ..Default::default() });
-    let input = Input { text: "ZZZZZZZZ", origin: None };
-    assert_eq!(strict.screen(&input).unwrap().level, AlarmLevel::Suspicious);
+    assert_eq!(strict.screen("ZZZZZZZZ", None).unwrap().level, AlarmLevel::Suspicious);
 }
 
 #[test]
@@ -377,6 +376,16 @@ fn a_stream_reads_each_token_once() {
         let cuts: Vec<_> = (0..text.len()).step_by(size).collect();
         let streamed = count(&|| drop(stream(&firewall, &text, &cuts).unwrap()));
         assert_eq!(streamed, whole, "chunks of {size}");
+    }
+}
+
+#[test]
+fn a_stream_of_a_word_without_end_ends_as_it_is_screened() {
+    // More than is tokenized at once.
+    let word = format!("{}{ATTACK}{}", "the".repeat(90_000), "the".repeat(30_000));
+    let alarm = screen(&word);
+    for cuts in [&[][..], &[100_000, 265_000, 300_001]] {
+        assert_eq!(stream(&firewall(), &word, cuts).unwrap(), alarm);
     }
 }
 
