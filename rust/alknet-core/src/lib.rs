@@ -1,8 +1,8 @@
 //! Text in, alarm out: the pipeline of alknet-firewall in pure Rust.
 //!
 //! ```text
-//! text ─ normalize ─ tokenize ─ model ─ capture ─ project ─ window ─ score ─ alarm
-//!  str    views+map   input_ids  h_{t,s}           z_{t,k}   z̄_{w,k}   P, p    Alarm
+//! text ─ normalize ─ tokenize ─ model ─ project ─ window ─ score ─ alarm
+//!  str    views+map   input_ids  h_{t,s}  z_{t,k}   z̄_{w,k}   P, p    Alarm
 //! ```
 //!
 //! A small language model reads the text; the hidden states of a few layers are projected onto the

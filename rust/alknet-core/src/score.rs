@@ -22,8 +22,6 @@ const MAX_X: f64 = 12.0;
 /// What one frame says.
 #[derive(Debug, Clone)]
 pub struct FrameScore {
-    /// Tokens of the piece that it covers.
-    pub tokens: Range<usize>,
     /// Tokens of its most alarming window.
     pub strongest: Range<usize>,
     /// `−log₁₀ p` per origin of the codebook, as if this frame were the piece's largest.
@@ -90,7 +88,6 @@ fn score(codebook: &Codebook, class: usize, windows: &[Window]) -> Result<FrameS
         codebook.null(o, class).eval_linear_above(statistic).clamp(0.0, MAX_X)
     };
     Ok(FrameScore {
-        tokens: windows[0].tokens.start..windows[windows.len() - 1].tokens.end,
         strongest: strongest(codebook, windows),
         attack: codebook.origins.iter().copied().enumerate().map(attack).collect(),
         novelty: codebook.novelty_null(class).eval_linear_above(depth).clamp(0.0, MAX_X),

@@ -45,11 +45,6 @@ impl MonotoneSpline {
         Ok(Self { x, y, slopes })
     }
 
-    /// First and last knot.
-    pub fn domain(&self) -> (f64, f64) {
-        (self.x[0], self.x[self.x.len() - 1])
-    }
-
     /// Value and slope at the first and at the last knot.
     pub fn ends(&self) -> ((f64, f64), (f64, f64)) {
         let last = self.x.len() - 1;
@@ -93,24 +88,6 @@ impl MonotoneSpline {
             return 1.0 - above * (-self.slopes[last] / above * (x - self.x[last])).exp();
         }
         self.eval_clamped(x)
-    }
-
-    /// Smallest `x` in the domain with `eval_linear_above(x) ≥ y`; `None` if the spline ends flat below it.
-    pub fn inverse_linear_above(&self, y: f64) -> Option<f64> {
-        let last = self.x.len() - 1;
-        if y > self.y[last] {
-            let slope = self.slopes[last];
-            return (slope > 0.0).then(|| self.x[last] + (y - self.y[last]) / slope);
-        }
-        let (mut low, mut high) = self.domain();
-        if self.y[0] >= y {
-            return Some(low);
-        }
-        for _ in 0..64 {
-            let middle = 0.5 * (low + high);
-            if self.eval_clamped(middle) >= y { high = middle } else { low = middle }
-        }
-        Some(high)
     }
 
     /// Cubic Hermite interpolant on interval `i`.
@@ -203,13 +180,6 @@ mod tests {
             prop_assert!(spline.eval_cdf(a) <= spline.eval_cdf(b));
             prop_assert!(spline.eval_linear_above(a) <= spline.eval_linear_above(b));
             prop_assert!((0.0..=1.0).contains(&spline.eval_cdf(a)));
-        }
-
-        #[test]
-        fn inverse_inverts(target in 0.05f64..1.4) {
-            let spline = MonotoneSpline::new(vec![0.0, 1.0, 3.0, 4.0], vec![0.0, 0.2, 0.9, 1.0]).unwrap();
-            let x = spline.inverse_linear_above(target).unwrap();
-            prop_assert!((spline.eval_linear_above(x) - target).abs() < 1e-9);
         }
     }
 }

@@ -90,12 +90,12 @@ fn a_frame_counts_by_its_largest_run_of_every_scale() {
     };
     let logits = |n: usize| -> Vec<_> {
         let frames = score::frames(&codebook, &projections(n)).unwrap();
-        frames.into_iter().map(|frame| (frame.tokens, frame.logits[0])).collect()
+        frames.into_iter().map(|frame| frame.logits[0]).collect()
     };
-    assert_eq!(logits(8), [(0..8, 4.0 + 3.0 * 2.0)]);
-    assert_eq!(logits(10), [(0..8, 10.0), (2..10, 4.0 + 3.0 * (2.0 + 4.0 + 4.0) / 3.0)]);
-    assert_eq!(logits(6), [(0..6, 2.0 + 3.0 * 1.0)]);
-    assert_eq!(logits(4), [(0..4, 0.0)]);
+    assert_eq!(logits(8), [4.0 + 3.0 * 2.0]);
+    assert_eq!(logits(10), [10.0, 4.0 + 3.0 * (2.0 + 4.0 + 4.0) / 3.0]);
+    assert_eq!(logits(6), [2.0 + 3.0 * 1.0]);
+    assert_eq!(logits(4), [0.0]);
     assert!(logits(0).is_empty());
     let mut broken = projections(10);
     broken[27] = f32::NAN;
@@ -286,7 +286,17 @@ fn metadata_out_of_range_are_refused() {
         ("scales", vec!["[]", "[0]", "[2, 2]", "[-1]", "1"]),
         ("segment_tokens", vec!["3", "1048577"]),
         ("segment_overlap", vec!["16", "-1"]),
-        ("sites", vec!["", "1.resid_post", "1.resid_post,3", "1.resid_post,x.mlp_out", "1.a,2.b"]),
+        (
+            "sites",
+            vec![
+                "",
+                "1.resid_post",
+                "1.resid_post,1.resid_post",
+                "1.resid_post,3",
+                "1.resid_post,x.mlp_out",
+                "1.a,2.b",
+            ],
+        ),
         ("length_classes", vec!["[]", "[16, 8]", "[8, 8]", "8", "[-8, 16]", "[8]"]),
         (
             "origins",
