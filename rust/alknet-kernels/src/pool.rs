@@ -19,7 +19,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     ptr,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, Once, PoisonError,
         atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle, Thread},
@@ -137,7 +137,8 @@ impl Turn {
     /// returns when all calls have returned.
     ///
     /// # Panics
-    /// When a call panics; the others are still made.
+    /// When a call panics; the others are still made, but for the later ones of a step that runs on
+    /// this thread alone.
     pub fn for_each(&self, tasks: usize, run: impl Fn(usize) + Sync) {
         let team = match &self.team {
             Some(team) if tasks > 1 => team,
@@ -210,6 +211,7 @@ struct Team {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     stopping: AtomicBool,
     workers: Box<[Worker]>,
+    started: Once,
     handles: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -235,6 +237,7 @@ impl Team {
             panic: Mutex::new(None),
             stopping: AtomicBool::new(false),
             workers: (1..threads).map(|_| Worker::default()).collect(),
+            started: Once::new(),
             handles: Mutex::new(Vec::new()),
         })
     }
@@ -252,7 +255,7 @@ impl Team {
     ///
     /// Only the thread that set `busy` may call this.
     fn run(self: &Arc<Self>, step: &Step<'_>, helpers: usize) -> Option<Box<dyn Any + Send>> {
-        self.start_workers();
+        self.started.call_once(|| self.start_workers());
         self.step.store(ptr::from_ref(step).cast_mut().cast(), Ordering::Relaxed);
         self.unfinished.store(step.tasks, Ordering::Relaxed);
         self.helpers.store(helpers as u32, Ordering::Relaxed);
@@ -304,16 +307,14 @@ impl Team {
     }
 
     fn start_workers(self: &Arc<Self>) {
-        if self.workers.is_empty() || self.workers[0].thread.get().is_some() {
-            return;
-        }
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         for (index, worker) in self.workers.iter().enumerate() {
             let team = Arc::clone(self);
             let started = thread::Builder::new()
                 .name(format!("alknet-{}", index + 1))
                 .spawn(move || team.serve(index));
-            // Without the thread the callers do its work: slower, not wrong.
+            // Without the thread the callers do its work: slower, not wrong. It is not tried again:
+            // where threads are limited, every step would lose time on it.
             if let Ok(handle) = started {
                 _ = worker.thread.set(handle.thread().clone());
                 handles.push(handle);
@@ -515,6 +516,20 @@ mod tests {
             turn.for_each(2, |_| _ = barrier.wait());
             thread::sleep(std::time::Duration::from_millis(2));
         }
+    }
+
+    #[test]
+    fn workers_that_could_not_be_started_are_not_tried_again() {
+        let pool = Pool::new(Some(3));
+        let team = pool.team();
+        team.started.call_once(|| ());
+        let turn = pool.turn();
+        for _ in 0..3 {
+            let count = AtomicUsize::new(0);
+            turn.for_each(10, |_| _ = count.fetch_add(1, Ordering::Relaxed));
+            assert_eq!(count.into_inner(), 10);
+        }
+        assert!(team.handles.lock().unwrap().is_empty());
     }
 
     #[test]
