@@ -14,14 +14,14 @@
 //! limited before it is read, every shape is compared with the others, every number must be finite
 //! and every spline monotone.
 
-use std::{collections::HashMap, fs::File, io::Read, path::Path};
+use std::{collections::HashMap, path::Path};
 
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
 use crate::{
     error::{Error, Result},
-    model::Site,
+    model::{Site, check_sites, config::read_at_most},
     spline::MonotoneSpline,
 };
 
@@ -133,17 +133,7 @@ impl Codebook {
     pub fn from_file(path: &Path) -> Result<Self> {
         let unreadable =
             |error| Error::Codebook(format!("{} cannot be read: {error}", path.display()));
-        let mut bytes = Vec::new();
-        // One byte more than allowed shows that there is more, even where no size is told beforehand.
-        let file = File::open(path).map_err(unreadable)?;
-        file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-        if bytes.len() as u64 > MAX_BYTES {
-            return Err(Error::Codebook(format!(
-                "{} is too large; a codebook has at most {MAX_BYTES} bytes",
-                path.display()
-            )));
-        }
-        Self::from_bytes(&bytes)
+        Self::from_bytes(&read_at_most(path, MAX_BYTES).map_err(unreadable)?)
     }
 
     /// Checks the bytes of a codebook file.
@@ -176,6 +166,7 @@ impl Codebook {
             .split(',')
             .map(|site| site.parse().map_err(|error: Error| error.to_string()))
             .collect::<std::result::Result<Vec<Site>, _>>()?;
+        check_sites(&sites).map_err(|error| error.to_string())?;
         let hidden_size = metadata.number("hidden_size", 1, 1 << 16)?;
         let window = metadata.number("window", 1, 4096)?;
         let stride = metadata.number("stride", 1, window)?;

@@ -14,7 +14,7 @@ use crate::{
     batcher::Batcher,
     codebook::{Codebook, DirectionInfo, Fingerprint, Origin},
     error::{Error, Result},
-    model::{Backend, TokenId, weights::Weights},
+    model::{Backend, TokenId, config::read_json, weights::Weights},
     normalize::{self, HiddenText, View, ViewKind},
     project::{Projections, Projector},
     reader::{Reader, ReaderOptions, passes, segments},
@@ -592,9 +592,7 @@ pub fn fingerprint(detector: &Path, weights: &Weights) -> Result<Fingerprint> {
 }
 
 fn file_sha256(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path)
-        .map_err(|error| Error::model(path, format!("cannot be read: {error}")))?;
-    Ok(sha256(&bytes))
+    Ok(sha256(&read_json(path)?))
 }
 
 fn sha256(bytes: &[u8]) -> String {

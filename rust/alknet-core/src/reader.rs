@@ -170,8 +170,9 @@ impl Reader {
     /// after the other.
     ///
     /// # Errors
-    /// As [`Backend::forward`].
+    /// [`Error::Config`] for a layout whose sizes contradict each other, and as [`Backend::forward`].
     pub fn window_means(&self, texts: &[&str], layout: &WindowLayout) -> Result<Vec<Vec<f32>>> {
+        layout.check()?;
         let encode = |text: &&str| self.tokenizer.encode(text).map(|encoding| encoding.input_ids);
         let input_ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
         let mut means = vec![Vec::new(); texts.len()];
@@ -219,6 +220,22 @@ pub struct WindowLayout {
     pub max_tokens: usize,
 }
 
+impl WindowLayout {
+    /// Refuses sizes by which no text can be cut, or not without leaving tokens out.
+    fn check(&self) -> Result<()> {
+        let Self { window, stride, segment_tokens, segment_overlap, .. } = *self;
+        let every_token = (1..=window).contains(&stride) && segment_overlap < segment_tokens;
+        if every_token && window <= segment_tokens {
+            return Ok(());
+        }
+        Err(Error::Config(format!(
+            "window {window}, stride {stride}, segment_tokens {segment_tokens}, segment_overlap \
+             {segment_overlap}: stride must be 1 to window, and window at most segment_tokens, which \
+             must be more than segment_overlap"
+        )))
+    }
+}
+
 /// Tokens of one pass over the model, about: enough to fill the machine, few enough to bound memory.
 const PASS_TOKENS: usize = 1024;
 
@@ -253,9 +270,9 @@ fn load_backend(
     })
 }
 
-/// Token ranges of the segments of a text: `length` tokens each, neighbours share `overlap`; none is
-/// left out, and a text that fits is one segment.
-pub fn segments(n_tokens: usize, length: usize, overlap: usize) -> Vec<Range<usize>> {
+/// Token ranges of the segments of a text: `length` tokens each, neighbours share `overlap`, which is
+/// less; none is left out, and a text that fits is one segment.
+pub(crate) fn segments(n_tokens: usize, length: usize, overlap: usize) -> Vec<Range<usize>> {
     let step = length - overlap;
     let mut ranges = Vec::new();
     let mut start = 0;
@@ -291,6 +308,20 @@ mod tests {
         assert_eq!(segments(8, 8, 2), [0..8]);
         assert_eq!(segments(9, 8, 2), [0..8, 6..9]);
         assert_eq!(segments(14, 8, 2), [0..8, 6..14]);
+    }
+
+    #[test]
+    fn layouts_that_cannot_cut_a_text_are_refused() {
+        let check = |[window, stride, segment_tokens, segment_overlap]: [usize; 4]| {
+            let max_tokens = 100;
+            WindowLayout { window, stride, segment_tokens, segment_overlap, max_tokens }.check()
+        };
+        assert!(check([8, 4, 64, 16]).is_ok() && check([8, 8, 8, 7]).is_ok());
+        for sizes in
+            [[0, 0, 9, 1], [8, 0, 9, 1], [8, 9, 9, 1], [8, 4, 7, 1], [8, 4, 8, 8], [8, 4, 8, 9]]
+        {
+            assert!(matches!(check(sizes), Err(Error::Config(_))), "{sizes:?}");
+        }
     }
 
     proptest! {

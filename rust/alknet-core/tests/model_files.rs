@@ -518,8 +518,13 @@ fn impossible_input_is_an_error() {
     assert!(run(&[1; 128], backend.new_cache()).is_ok());
     assert!(run(&[], backend.new_cache()).is_ok());
     assert!(backend.forward(&mut [], &Ignore).is_ok());
-    assert!(matches!(load(&bytes, &[]), Err(Error::Config(_))));
-    assert_problem(load(&bytes, &[Site { layer: 4, ..LAST }]), "has no tensor \"model.layers.4.");
+    for sites in [&[][..], &[LAST, LAST], &[Site { layer: 4, ..LAST }]] {
+        assert!(matches!(load(&bytes, sites), Err(Error::Config(_))));
+    }
+    let (source, out) = (tiny_folder(), TempDir::new().unwrap());
+    pack(source.path(), out.path(), 2).unwrap();
+    let bytes = fs::read(out.path().join("model.safetensors")).unwrap();
+    assert_problem(load(&bytes, &[LAST]), "has no tensor \"model.layers.2.");
 }
 
 /// The tiny configuration with some fields changed (`null` removes one).
@@ -628,6 +633,23 @@ fn hostile_tokenizers_are_errors() {
             assert!(encoding.offsets.iter().all(|&(a, b)| text.get(a..b).is_some()));
         }
     });
+}
+
+#[test]
+fn json_files_are_limited_before_they_are_read() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("config.json");
+    fs::File::create(&path).unwrap().set_len((64 << 20) + 1).unwrap();
+    assert_problem(LlamaConfig::from_file(&path), "at most 67108864 bytes");
+    assert_problem(Tokenizer::from_file(&path), "at most 67108864 bytes");
+    assert_problem(pack_folder(folder.path()), "at most 67108864 bytes");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_device_without_end_is_not_read_to_its_end() {
+    problem(LlamaConfig::from_file(Path::new("/dev/zero")));
+    problem(Tokenizer::from_file(Path::new("/dev/zero")));
 }
 
 #[test]

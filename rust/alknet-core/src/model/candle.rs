@@ -14,7 +14,6 @@
 //! Source: Transformers `modeling_llama.py`; candle-transformers `models/llama.rs`.
 
 use std::{
-    mem::ManuallyDrop,
     ops::Range,
     process,
     sync::{Arc, Mutex, PoisonError},
@@ -92,8 +91,8 @@ impl CandleBackend {
     /// `threads` defaults to what this process may use.
     ///
     /// # Errors
-    /// [`Error::Config`] for a list of sites that is empty, [`Error::ModelLoad`] when the file lacks a
-    /// tensor up to the deepest site, or holds a number that is not finite.
+    /// [`Error::Config`] for sites that are none, repeated or beyond the last layer, [`Error::ModelLoad`]
+    /// when the file lacks a tensor up to the deepest site, or holds a number that is not finite.
     pub fn load(
         weights: Arc<Weights>,
         config: &LlamaConfig,
@@ -101,7 +100,7 @@ impl CandleBackend {
         threads: Option<usize>,
     ) -> Result<Self> {
         let pool = Pool::new(threads)?;
-        let num_layers = num_layers(sites)?;
+        let num_layers = num_layers(sites, config)?;
         let embedding =
             weights.expect(LlamaConfig::EMBEDDINGS, config.vocab_size, config.hidden_size)?.clone();
         let blocks = pool.run(|| {
@@ -438,7 +437,8 @@ impl Block {
 struct Pool {
     threads: usize,
     process: u32,
-    own: ManuallyDrop<ThreadPool>,
+    /// `None` only while it is dropped.
+    own: Option<ThreadPool>,
     forked: Mutex<Option<(u32, Arc<ThreadPool>)>>,
 }
 
@@ -448,15 +448,15 @@ impl Pool {
         let threads = threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
             .max(1);
-        let own = ManuallyDrop::new(start(threads)?);
+        let own = Some(start(threads)?);
         Ok(Self { threads, process: process::id(), own, forked: Mutex::default() })
     }
 
     /// Runs `work` on the threads of this process.
     fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let process = process::id();
-        if self.process == process {
-            return Ok(self.own.install(work));
+        if let Some(own) = self.own.as_ref().filter(|_| self.process == process) {
+            return Ok(own.install(work));
         }
         let pool = {
             let mut forked = self.forked.lock().unwrap_or_else(PoisonError::into_inner);
@@ -476,12 +476,9 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        if self.process == process::id() {
-            // SAFETY: this is the only place that takes the pool out, and it runs once.
-            #[expect(unsafe_code, reason = "a forked child must not wait for its parent's threads")]
-            unsafe {
-                ManuallyDrop::drop(&mut self.own);
-            }
+        if self.process != process::id() {
+            // A forked child must not wait for its parent's threads.
+            std::mem::forget(self.own.take());
         }
     }
 }

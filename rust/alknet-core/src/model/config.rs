@@ -4,11 +4,19 @@
 //! structure of the same name, but it knows neither `head_dim`, biases nor the linear, dynamic and
 //! YaRN kinds of RoPE scaling.
 
-use std::{f64::consts::PI, path::Path};
+use std::{
+    f64::consts::PI,
+    fs::File,
+    io::{self, Read},
+    path::Path,
+};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+
+/// Most bytes of a JSON file that are read; the largest `tokenizer.json` of a Llama has 17 MB.
+const MAX_JSON_BYTES: u64 = 64 << 20;
 
 /// Shape of a Llama-type decoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -188,9 +196,7 @@ impl LlamaConfig {
     /// # Errors
     /// [`Error::ModelLoad`] naming the field that is missing, unknown or out of range.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path)
-            .map_err(|error| Error::model(path, format!("cannot be read: {error}")))?;
-        Self::from_json(path, &bytes)
+        Self::from_json(path, &read_json(path)?)
     }
 
     /// Parses and validates the bytes of `config.json`; `path` is only for messages.
@@ -365,6 +371,24 @@ impl LlamaConfig {
         };
         RotaryFrequencies { inv_freq, attention_factor }
     }
+}
+
+/// Bytes of `config.json`, `tokenizer.json` or another JSON file of a model.
+pub(crate) fn read_json(path: &Path) -> Result<Vec<u8>> {
+    read_at_most(path, MAX_JSON_BYTES)
+        .map_err(|error| Error::model(path, format!("cannot be read: {error}")))
+}
+
+/// Bytes of a file, unless there are more than `most`: a hostile one must not fill the memory.
+pub(crate) fn read_at_most(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    // One byte more than allowed shows that there is more, even where no size is told beforehand.
+    File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
+        let problem = format!("at most {most} bytes are, and it has more");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, problem));
+    }
+    Ok(bytes)
 }
 
 /// Brings the two older spellings of `rope_scaling` to the present one.

@@ -9,7 +9,7 @@ pub mod config;
 pub mod native;
 pub mod weights;
 
-use std::{fmt, str::FromStr};
+use std::{collections::HashSet, fmt, str::FromStr};
 
 use crate::error::{Error, Result};
 pub use cache::{KvCache, LayerCache};
@@ -111,12 +111,28 @@ impl Sequence<'_> {
     }
 }
 
-/// Number of blocks up to the deepest of `sites`.
-fn num_layers(sites: &[Site]) -> Result<usize> {
-    let deepest = sites.iter().map(|site| site.layer).max().ok_or_else(|| {
-        Error::Config("no sites: name at least one, such as 14.resid_post".into())
-    })?;
-    Ok(deepest + 1)
+/// Refuses a list of sites that is empty or repeats one: rows are handed over once per site.
+pub(crate) fn check_sites(sites: &[Site]) -> Result<()> {
+    if sites.is_empty() {
+        return Err(Error::Config("no sites: name at least one, such as 14.resid_post".into()));
+    }
+    let mut seen = HashSet::new();
+    match sites.iter().find(|&site| !seen.insert(site)) {
+        Some(site) => Err(Error::Config(format!("site {site} is named twice: name it once"))),
+        None => Ok(()),
+    }
+}
+
+/// Number of blocks up to the deepest of `sites`, which a model of `config` must have.
+fn num_layers(sites: &[Site], config: &LlamaConfig) -> Result<usize> {
+    check_sites(sites)?;
+    let depth = config.num_hidden_layers;
+    match sites.iter().find(|site| site.layer >= depth) {
+        Some(site) => Err(Error::Config(format!(
+            "site {site} is beyond the last layer: the model has {depth}, the first is 0"
+        ))),
+        None => Ok(sites.iter().map(|site| site.layer + 1).max().unwrap_or(0)),
+    }
 }
 
 /// Takes activations as they are made, on the threads that make them.

@@ -33,6 +33,7 @@ use super::{
     Backend, KvCache, LlamaConfig, Sequence, Sink, Site, SiteKind,
     cache::SpareLayers,
     config::RotaryFrequencies,
+    num_layers,
     weights::{TensorInfo, Weights},
 };
 use crate::error::{Error, Result};
@@ -124,8 +125,8 @@ impl NativeBackend {
     /// `threads` defaults to what this process may use, `isa` to the best that this CPU has.
     ///
     /// # Errors
-    /// [`Error::Config`] for an instruction set that this CPU lacks or a list of sites that is empty,
-    /// [`Error::ModelLoad`] when the file lacks a tensor up to the deepest site.
+    /// [`Error::Config`] for an instruction set that this CPU lacks, or sites that are none, repeated or
+    /// beyond the last layer, [`Error::ModelLoad`] when the file lacks a tensor up to the deepest site.
     pub fn load(
         weights: Arc<Weights>,
         config: &LlamaConfig,
@@ -145,9 +146,8 @@ impl NativeBackend {
                 "the native engine multiplies at most {MAX_INPUTS} inputs, this model has {widest}; use the candle engine"
             )));
         }
-        let embedding = weights
-            .expect("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?
-            .clone();
+        let embedding =
+            weights.expect(LlamaConfig::EMBEDDINGS, config.vocab_size, config.hidden_size)?.clone();
         let blocks = Loader { weights: &weights, config, heads }.blocks(&engine, sites)?;
         // Only embedding rows are read from here on.
         weights.release_pages();
@@ -504,15 +504,13 @@ struct Loader<'a> {
 impl<'a> Loader<'a> {
     /// Blocks up to the deepest site.
     fn blocks(&self, engine: &Engine, sites: &[Site]) -> Result<Vec<Block>> {
-        let deepest = sites.iter().map(|site| site.layer).max().ok_or_else(|| {
-            Error::Config("no sites: name at least one, such as 14.resid_post".into())
-        })?;
+        let num_layers = num_layers(sites, self.config)?;
         let needs_mlp = |layer| {
             let read = |site: &Site| site.layer == layer && site.kind != SiteKind::AttnOut;
-            layer < deepest || sites.iter().any(read)
+            layer + 1 < num_layers || sites.iter().any(read)
         };
         let (mut norms, mut sources) = (Vec::new(), Vec::new());
-        for layer in 0..=deepest {
+        for layer in 0..num_layers {
             norms.push(self.norm(layer, "input_layernorm")?);
             sources.extend([self.qkv(layer)?, self.o_proj(layer)?]);
             if needs_mlp(layer) {
@@ -534,7 +532,7 @@ impl<'a> Loader<'a> {
             let mlp = if needs_mlp(layer) { Some(half()?) } else { None };
             Some(Block { attention, mlp })
         };
-        Ok((0..=deepest).map_while(block).collect())
+        Ok((0..num_layers).map_while(block).collect())
     }
 
     fn norm(&self, layer: usize, name: &str) -> Result<Vec<f32>> {
@@ -545,12 +543,13 @@ impl<'a> Loader<'a> {
         )
     }
 
-    /// A matrix of a block, and its bias if it has one.
+    /// A matrix of a block, and its bias if config.json says that it has one.
     fn linear(&self, layer: usize, name: &str, outputs: usize, inputs: usize) -> Result<Linear> {
-        let name = format!("model.layers.{layer}.{name}");
-        let weight = self.weights.expect(&format!("{name}.weight"), outputs, inputs)?.clone();
-        let bias = match self.weights.get(&format!("{name}.bias")) {
-            Some(_) => self.weights.widen(&format!("{name}.bias"), 1, outputs)?,
+        let full_name = format!("model.layers.{layer}.{name}.weight");
+        let weight = self.weights.expect(&full_name, outputs, inputs)?.clone();
+        let bias = format!("{name}.bias");
+        let bias = match self.config.block_tensors().iter().find(|tensor| tensor.name == bias) {
+            Some(bias) => self.weights.widen(&bias.full_name(layer), 1, outputs)?,
             None => vec![0.0; outputs],
         };
         Ok(Linear { weight, bias })

@@ -16,12 +16,10 @@ use crate::{
     error::{Error, Result},
     model::{
         LlamaConfig,
+        config::read_json,
         weights::{TensorInfo, Weights, map_file},
     },
 };
-
-/// Most bytes of a JSON file that are read; the largest `tokenizer.json` of a Llama has 17 MB.
-const MAX_JSON_BYTES: u64 = 64 << 20;
 
 /// An opened folder.
 pub(super) struct Folder {
@@ -42,7 +40,7 @@ impl Folder {
     /// Reads the small files and maps the large ones.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let config_path = path.join("config.json");
-        let mut config = LlamaConfig::from_json(&config_path, &read_json(&config_path)?)?;
+        let mut config = LlamaConfig::from_file(&config_path)?;
         let tokenizer_path = path.join("tokenizer.json");
         let tokenizer = read_json(&tokenizer_path)?;
         let sink = sink_token(&tokenizer)
@@ -99,16 +97,6 @@ impl Folder {
         }
         Ok(())
     }
-}
-
-/// Bytes of a JSON file of sensible size.
-fn read_json(path: &Path) -> Result<Vec<u8>> {
-    let unreadable = |error| Error::model(path, format!("cannot be read: {error}"));
-    let size = fs::metadata(path).map_err(unreadable)?.len();
-    if size > MAX_JSON_BYTES {
-        return Err(Error::model(path, format!("has {size} bytes, more than {MAX_JSON_BYTES}")));
-    }
-    fs::read(path).map_err(unreadable)
 }
 
 /// Id of [`SINK_TOKEN`] among the added tokens of `tokenizer.json`.

@@ -12,7 +12,7 @@ use safetensors::{Dtype, tensor::TensorView};
 
 use super::{CHUNK, NativeBackend, Piece, TILE_ROWS, cut, part_ends, reference};
 use crate::{
-    Result,
+    Error, Result,
     model::{
         Backend, KvCache, LlamaConfig, Sequence, Sink, Site, SiteKind, TokenId, weights::Weights,
     },
@@ -69,7 +69,7 @@ impl RandomModel {
             r#"{{"hidden_size": {hidden}, "intermediate_size": {inner}, "vocab_size": 300,
                 "num_hidden_layers": 3, "num_attention_heads": {heads}, "head_dim": {head_dim},
                 "num_key_value_heads": {pairs}, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-                "max_position_embeddings": 2048}}"#
+                "max_position_embeddings": 2048, "attention_bias": true, "mlp_bias": true}}"#
         );
         let config = LlamaConfig::from_json(Path::new("config.json"), json.as_bytes()).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -126,8 +126,11 @@ fn write_weights(config: &LlamaConfig, path: &Path) {
             put(format!("{block}.{name}.bias"), &[outputs], 0.0, 0.1);
         }
     }
+    let named: Vec<_> = config.block_tensors().iter().map(|tensor| tensor.name).collect();
+    let is_named = |name: &str| !name.ends_with(".bias") || named.iter().any(|n| name.ends_with(n));
     let views: Vec<_> = tensors
         .iter()
+        .filter(|(name, _)| is_named(name))
         .map(|(name, (shape, bytes))| {
             (name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
         })
@@ -292,8 +295,43 @@ fn refuses_what_it_cannot_read() {
     let deep = Site { layer: 3, kind: SiteKind::ResidPost };
     let weights = || Arc::clone(&model.weights);
     let load = |sites: &[Site]| NativeBackend::load(weights(), &model.config, sites, None, None);
-    assert!(load(&[deep]).err().unwrap().to_string().contains("model.layers.3"));
-    assert!(load(&[]).err().unwrap().to_string().contains("no sites"));
+    let endless = Site { layer: usize::MAX, kind: SiteKind::ResidPost };
+    for (sites, problem) in [
+        (&[][..], "no sites"),
+        (&[site, deep], "site 3.resid_post is beyond the last layer"),
+        (&[endless], "is beyond the last layer"),
+        (&[site, site], "site 0.resid_post is named twice"),
+    ] {
+        let Err(Error::Config(found)) = load(sites) else { panic!("not refused: {sites:?}") };
+        assert!(found.contains(problem), "{found}");
+    }
+    // A packed file may hold fewer blocks than config.json tells of.
+    let config = LlamaConfig { num_hidden_layers: 4, ..model.config.clone() };
+    let loaded = NativeBackend::load(weights(), &config, &[deep], None, None);
+    assert!(loaded.err().unwrap().to_string().contains("model.layers.3"));
+}
+
+#[test]
+fn biases_are_those_that_the_configuration_names() {
+    let model = RandomModel::new(64, 96, 2, 2, 32);
+    let (sites, ids) = (every_site(2), text(9, 1));
+    let read = |weights: &Arc<Weights>, config: &LlamaConfig| {
+        NativeBackend::load(Arc::clone(weights), config, &sites, Some(1), None)
+            .map(|backend| read_one(&backend, &ids))
+    };
+    let biased = read(&model.weights, &model.config).unwrap();
+    for (attention_bias, mlp_bias) in [(false, false), (true, false), (false, true)] {
+        let config = LlamaConfig { attention_bias, mlp_bias, ..model.config.clone() };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        write_weights(&config, &path);
+        let weights = Arc::new(Weights::open(&path).unwrap());
+        let expected = read(&weights, &config).unwrap();
+        assert_ne!(expected, biased);
+        assert_eq!(read(&model.weights, &config).unwrap(), expected, "others are in the file");
+        let missing = read(&weights, &model.config);
+        assert!(matches!(missing, Err(Error::ModelLoad { .. })));
+    }
 }
 
 /// Run with `ALKNET_TEST_DETECTOR=FOLDER`: per-token cosines of the real model at layers 6 and 14.
