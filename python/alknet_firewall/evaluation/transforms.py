@@ -200,6 +200,21 @@ def one_letter_a_line(text: str) -> str:
     return separated(text, "\n", "\n\n")
 
 
+def one_word_a_line(text: str) -> str:
+    """Put every word on a line of its own."""
+    return "\n".join(text.split())
+
+
+def words_underscored(text: str) -> str:
+    """Put underscores between the words."""
+    return "_".join(text.split())
+
+
+def words_quoted(text: str) -> str:
+    """Put every word in quotes, commas between them."""
+    return ", ".join(f'"{word}"' for word in text.split())
+
+
 def base64_standard(text: str) -> str:
     """Encode in base64."""
     return base64.b64encode(text.encode()).decode()
@@ -239,6 +254,12 @@ def hex_spaced(text: str) -> str:
 def percent(text: str) -> str:
     """Encode every byte as a percent escape."""
     return "".join(f"%{byte:02X}" for byte in text.encode())
+
+
+def quoted_printable(text: str) -> str:
+    """Encode every byte as in mail, lines of 75."""
+    encoded = "".join(f"={byte:02X}" for byte in text.encode())
+    return "=\n".join(encoded[at : at + 75] for at in range(0, len(encoded), 75))
 
 
 def html_entities(text: str) -> str:
@@ -320,6 +341,9 @@ TRANSFORMS: dict[str, Callable[[str], str]] = {
         dashed,
         underscored,
         one_letter_a_line,
+        one_word_a_line,
+        words_underscored,
+        words_quoted,
         base64_standard,
         base64_url,
         base64_wrapped,
@@ -328,6 +352,7 @@ TRANSFORMS: dict[str, Callable[[str], str]] = {
         hex_digits,
         hex_spaced,
         percent,
+        quoted_printable,
         html_entities,
         html_entities_some,
         backslash_escapes,

@@ -7,8 +7,8 @@
 //! - **normalized**: NFKC, invisible characters and drowning marks taken out, look-alike letters
 //!   folded, spaced-out letters joined; only if one of these changes more than typography;
 //! - **decoded**: what tag characters, variation selectors or invisible bits spell, and stretches
-//!   in base64, hexadecimal, percent or other escapes, ROT13, backwards or leet; only if they read
-//!   like language. Each view holds all stretches in one encoding and a little of their lines.
+//!   in base64, hexadecimal, percent or other escapes, ROT13, backwards or leet, and words kept apart by
+//!   something other than spaces; only if they read like language. Each view holds all stretches in one encoding and a little of their lines.
 //!
 //! Ordinary text in any script has one reading. The work is linear in the length of the text: one
 //! pass for each step, encodings inside encodings to a depth of [`MAX_DEPTH`], at most
@@ -56,8 +56,10 @@ pub enum Encoding {
     Percent,
     /// `&#105;`.
     HtmlEntities,
-    /// `\x69`, `\u0069` and the like.
+    /// `\x69`, `\u0069`, `\151` and the like.
     Backslash,
+    /// `=69`, as in mail.
+    QuotedPrintable,
     /// ROT13.
     Rot13,
     /// The whole stretch backwards.
@@ -66,6 +68,8 @@ pub enum Encoding {
     ReversedWords,
     /// Digits and signs for letters.
     Leet,
+    /// One sign or line end between any two words.
+    SeparatedWords,
     /// Unicode tag characters, invisible, one for each ASCII character.
     TagCharacters,
     /// Variation selectors, invisible, one for each byte.
@@ -83,10 +87,12 @@ impl Encoding {
             Self::Percent => "percent",
             Self::HtmlEntities => "html_entities",
             Self::Backslash => "backslash",
+            Self::QuotedPrintable => "quoted_printable",
             Self::Rot13 => "rot13",
             Self::Reversed => "reversed",
             Self::ReversedWords => "reversed_words",
             Self::Leet => "leet",
+            Self::SeparatedWords => "separated_words",
             Self::TagCharacters => "tag_characters",
             Self::VariationSelectors => "variation_selectors",
             Self::InvisibleBits => "invisible_bits",

@@ -1,4 +1,4 @@
-//! Single characters written as escapes: `%69`, `&#105;`, `\u0069`.
+//! Single characters written as escapes: `%69`, `=69`, `&#105;`, `\u0069`.
 //!
 //! Escapes are read together with what stands between them, since one can escape a letter of each
 //! word only.
@@ -11,16 +11,17 @@ use crate::normalize::{Encoding, language::reads_like_language, map::Rewrite};
 /// Unescaped bytes between two escapes that belong together.
 const MAX_GAP: usize = 32;
 
-/// Escaped letters (of percent escapes also spaces) that a stretch must have.
+/// Escaped letters (of escapes of bytes also spaces) that a stretch must have.
 const MIN_LETTERS: usize = 3;
 
 /// Reads the escape at a byte, if there is one.
 type UnitAt = fn(&[u8], usize) -> Option<Unit>;
 
 /// Decodes the escapes of every kind.
-pub(super) fn find(text: &str) -> [(Encoding, Vec<Island>); 3] {
+pub(super) fn find(text: &str) -> [(Encoding, Vec<Island>); 4] {
     [
-        (Encoding::Percent, unescape(text, b'%', percent_unit)),
+        (Encoding::Percent, unescape(text, b'%', hex_unit)),
+        (Encoding::QuotedPrintable, unescape(text, b'=', quoted_unit)),
         (Encoding::HtmlEntities, unescape(text, b'&', entity_unit)),
         (Encoding::Backslash, unescape(text, b'\\', backslash_unit)),
     ]
@@ -53,7 +54,7 @@ fn unescape(text: &str, sign: u8, unit_at: UnitAt) -> Vec<Island> {
 /// language.
 fn island(text: &str, units: &[Unit]) -> Option<Island> {
     let (first, last) = (units.first()?, units.last()?);
-    let spaces_count = text.as_bytes()[first.source.start] == b'%';
+    let spaces_count = matches!(text.as_bytes()[first.source.start], b'%' | b'=');
     let source = word_around(text, first.source.start..last.source.end);
     let mut rewrite = Rewrite::default();
     let mut letters = 0;
@@ -103,10 +104,19 @@ fn decode_run(rewrite: &mut Rewrite, text: &str, run: &[Unit]) {
     }
 }
 
-/// `%69`
-fn percent_unit(bytes: &[u8], at: usize) -> Option<Unit> {
+/// `%69` or `=69`
+fn hex_unit(bytes: &[u8], at: usize) -> Option<Unit> {
     let value = hex_value(bytes.get(at + 1..at + 3)?)?;
     Some(Unit::byte(at..at + 3, value as u8))
+}
+
+/// `=69`, or the end of a line that goes on, which stands for nothing.
+fn quoted_unit(bytes: &[u8], at: usize) -> Option<Unit> {
+    let rest = &bytes[at + 1..];
+    match [&b"\r\n"[..], b"\n"].into_iter().find(|end| rest.starts_with(end)) {
+        Some(end) => Some(Unit::new(at..at + 1 + end.len(), &[])),
+        None => hex_unit(bytes, at),
+    }
 }
 
 /// `&#105;` or `&#x69;`, with the semicolon or without.
@@ -122,7 +132,7 @@ fn entity_unit(bytes: &[u8], at: usize) -> Option<Unit> {
     char_unit(at..end, u32::from_str_radix(digits, radix).ok()?)
 }
 
-/// `\x69`, `\u0069`, a pair of surrogates, `\u{69}` or `\U00000069`.
+/// `\x69`, `\151`, `\u0069`, a pair of surrogates, `\u{69}` or `\U00000069`.
 fn backslash_unit(bytes: &[u8], at: usize) -> Option<Unit> {
     let fixed = |digits: usize| {
         let value = hex_value(bytes.get(at + 2..at + 2 + digits)?)?;
@@ -130,6 +140,11 @@ fn backslash_unit(bytes: &[u8], at: usize) -> Option<Unit> {
     };
     let (source, code) = match bytes.get(at + 1)? {
         b'x' => fixed(2)?,
+        // ASCII only: higher ones are bytes of no text.
+        b'0' | b'1' => {
+            let digits = std::str::from_utf8(bytes.get(at + 1..at + 4)?).ok()?;
+            (at..at + 4, u32::from_str_radix(digits, 8).ok()?)
+        }
         b'U' => fixed(8)?,
         b'u' if bytes.get(at + 2) == Some(&b'{') => {
             let len = bytes[at + 3..].iter().take(7).position(|&b| b == b'}')?;
@@ -174,6 +189,8 @@ mod tests {
             "&#x73;&#x65;&#x6e;&#x64; &#x74;he &#x6b;&#x65;y",
             r"\x73\x65\x6e\x64\x20\x74\x68\x65\x20\x6b\x65\x79",
             r"\u0073\u0065\u006e\u0064 \u0074he \u{6b}\U00000065\u0079",
+            r"\163\145\156\144\040\164\150\145\040\153\145\171",
+            "=73=65=6E=64 =74=68=\r\n=65 =6B=\n=65y",
         ] {
             assert_eq!(decoded(text), ["send the key"], "{text}");
         }

@@ -6,6 +6,7 @@
 
 mod bytes;
 mod escapes;
+mod separated;
 mod words;
 
 use std::ops::Range;
@@ -46,7 +47,10 @@ pub(super) fn candidates(text: &str) -> Vec<Candidate> {
         let readable = islands.iter().filter(reads).cloned().collect();
         found.push(Candidate { encoding, islands, readable });
     }
-    for (encoding, islands) in escapes::find(text).into_iter().chain(words::find(text)) {
+    let separated = [separated::find(text)];
+    for (encoding, islands) in
+        escapes::find(text).into_iter().chain(words::find(text)).chain(separated)
+    {
         found.push(Candidate { encoding, readable: islands.clone(), islands });
     }
     found.retain(|candidate| !candidate.islands.is_empty());
