@@ -55,7 +55,7 @@ VIEWS = {
     "rot13": "rot13",
     "backwards": "reversed",
     "words_backwards": "reversed_words",
-    "random_case": "raw",
+    "random_case": "mixed_case",
     "typos": "raw",
 }
 

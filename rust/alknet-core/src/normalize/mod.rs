@@ -8,7 +8,7 @@
 //!   folded, spaced-out letters joined; only if one of these changes more than typography;
 //! - **decoded**: what tag characters, variation selectors or invisible bits spell, and stretches
 //!   in base64, hexadecimal, percent or other escapes, ROT13, backwards or leet, and words kept apart by
-//!   something other than spaces; only if they read like language. Each view holds all stretches in one encoding and a little of their lines.
+//!   something other than spaces or with capitals inside; only if they read like language. Each view holds all stretches in one encoding and a little of their lines.
 //!
 //! Ordinary text in any script has one reading. The work is linear in the length of the text: one
 //! pass for each step, encodings inside encodings to a depth of [`MAX_DEPTH`], at most
@@ -70,6 +70,8 @@ pub enum Encoding {
     Leet,
     /// One sign or line end between any two words.
     SeparatedWords,
+    /// Capitals in the middle of words.
+    MixedCase,
     /// Unicode tag characters, invisible, one for each ASCII character.
     TagCharacters,
     /// Variation selectors, invisible, one for each byte.
@@ -93,6 +95,7 @@ impl Encoding {
             Self::ReversedWords => "reversed_words",
             Self::Leet => "leet",
             Self::SeparatedWords => "separated_words",
+            Self::MixedCase => "mixed_case",
             Self::TagCharacters => "tag_characters",
             Self::VariationSelectors => "variation_selectors",
             Self::InvisibleBits => "invisible_bits",

@@ -5,6 +5,7 @@
 //! its decoded text.
 
 mod bytes;
+mod capitals;
 mod escapes;
 mod separated;
 mod words;
@@ -47,7 +48,7 @@ pub(super) fn candidates(text: &str) -> Vec<Candidate> {
         let readable = islands.iter().filter(reads).cloned().collect();
         found.push(Candidate { encoding, islands, readable });
     }
-    let separated = [separated::find(text)];
+    let separated = [separated::find(text), capitals::find(text)];
     for (encoding, islands) in
         escapes::find(text).into_iter().chain(words::find(text)).chain(separated)
     {

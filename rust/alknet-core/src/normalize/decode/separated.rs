@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::Island;
+use super::{Island, words::words};
 use crate::normalize::{Encoding, language::reads_like_language, map::Rewrite};
 
 /// Words that a run must have. Most names in code and paths of files have fewer.
@@ -34,15 +34,6 @@ pub(super) fn find(text: &str) -> (Encoding, Vec<Island>) {
     }
     islands.extend(island(text, &run));
     (Encoding::SeparatedWords, islands)
-}
-
-/// Byte ranges of letters and digits in a row, apostrophes between them included.
-fn words(text: &str) -> impl Iterator<Item = Range<usize>> {
-    let is_word = |c: char| c.is_alphanumeric() || matches!(c, '\'' | '’');
-    text.split(move |c| !is_word(c)).filter(|word| !word.is_empty()).map(|word| {
-        let start = word.as_ptr() as usize - text.as_ptr() as usize;
-        start..start + word.len()
-    })
 }
 
 /// What keeps two words apart, any white space but a single space alike; `None` if that is how words are
