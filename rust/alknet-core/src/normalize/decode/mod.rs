@@ -48,10 +48,10 @@ pub(super) fn candidates(text: &str) -> Vec<Candidate> {
         let readable = islands.iter().filter(reads).cloned().collect();
         found.push(Candidate { encoding, islands, readable });
     }
-    let separated = [separated::find(text), capitals::find(text)];
-    for (encoding, islands) in
-        escapes::find(text).into_iter().chain(words::find(text)).chain(separated)
-    {
+    let of_bytes = escapes::find(text).into_iter();
+    let of_words =
+        words::find(text).into_iter().chain([separated::find(text), capitals::find(text)]);
+    for (encoding, islands) in of_bytes.chain(of_words) {
         found.push(Candidate { encoding, readable: islands.clone(), islands });
     }
     found.retain(|candidate| !candidate.islands.is_empty());
