@@ -293,11 +293,10 @@ impl Decoded {
             if !candidate.readable.is_empty() {
                 self.push(base.derive(kind, decode::in_context(&base.text, &candidate.readable)));
             }
-            let inner = decode::alone(&candidate.islands);
             if depth < MAX_DEPTH {
-                self.add(&base.derive(kind, inner), depth + 1);
+                self.add(&base.derive(kind, decode::alone(&candidate.islands)), depth + 1);
             } else {
-                self.incomplete |= decode::goes_on(&candidate, &inner.text);
+                self.incomplete |= decode::goes_on(&candidate);
             }
         }
     }

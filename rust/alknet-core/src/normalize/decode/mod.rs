@@ -29,7 +29,8 @@ pub(super) struct Island {
 }
 
 /// All stretches of a text in one encoding, in the order of the source. Two may share a few digits of
-/// base64, which stand for the last byte of one and the first of the other.
+/// base64, which stand for the last byte of one and the first of the other, or a word with different
+/// separators on its sides.
 #[derive(Debug)]
 pub(super) struct Candidate {
     pub(super) encoding: Encoding,
@@ -58,15 +59,16 @@ pub(super) fn candidates(text: &str) -> Vec<Candidate> {
     found
 }
 
-/// Whether `text`, the islands of `candidate`, holds bytes that were encoded once more, or more often. Of
-/// what is no language, that a quarter of it decodes to printable characters is too much for chance.
-pub(super) fn goes_on(candidate: &Candidate, text: &str) -> bool {
+/// Whether what was decoded are bytes that were encoded once more, or more often. Of what is no language,
+/// that a quarter of it decodes to printable characters is too much for chance.
+pub(super) fn goes_on(candidate: &Candidate) -> bool {
     let of_bytes =
         |candidate: &Candidate| matches!(candidate.encoding, Encoding::Base64 | Encoding::Hex);
     if !of_bytes(candidate) || candidate.readable.len() == candidate.islands.len() {
         return false;
     }
-    candidates(text).iter().filter(|inner| of_bytes(inner)).any(|inner| {
+    let text = alone(&candidate.islands).text;
+    candidates(&text).iter().filter(|inner| of_bytes(inner)).any(|inner| {
         let decoded: usize = inner.islands.iter().map(|island| island.rewrite.text.len()).sum();
         !inner.readable.is_empty() || 4 * decoded >= text.len()
     })
