@@ -7,8 +7,9 @@
 //! - **normalized**: NFKC, invisible characters and drowning marks taken out, look-alike letters
 //!   folded, spaced-out letters joined; only if one of these changes more than typography;
 //! - **decoded**: what tag characters, variation selectors or invisible bits spell, and stretches
-//!   in base64, hexadecimal, percent or other escapes, ROT13, backwards or leet, and words kept apart by
-//!   something other than spaces or with capitals inside; only if they read like language. Each view holds all stretches in one encoding and a little of their lines.
+//!   in base64, hexadecimal, percent or other escapes, ROT13, backwards or leet, and words kept apart
+//!   by something other than spaces or with capitals inside; only if they read like language. Each
+//!   view holds all stretches in one encoding and a little of their lines.
 //!
 //! Ordinary text in any script has one reading. The work is linear in the length of the text: one
 //! pass for each step, encodings inside encodings to a depth of [`MAX_DEPTH`], at most

@@ -113,11 +113,11 @@ fn longest(alignments: impl Iterator<Item = Vec<Island>>) -> Vec<Island> {
     islands.sort_by_key(|(_, island)| Reverse(island.rewrite.text.len()));
     let mut taken = BTreeMap::<usize, (usize, Island)>::new();
     for (alignment, island) in islands {
-        let overlapping = taken
+        let mut overlapping = taken
             .range(..island.source.end)
             .rev()
             .take_while(|(_, (_, other))| other.source.end > island.source.start);
-        if overlapping.into_iter().all(|(_, (other, _))| *other == alignment) {
+        if overlapping.all(|(_, (other, _))| *other == alignment) {
             taken.insert(island.source.start, (alignment, island));
         }
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Island, words};
+use super::{Island, words_of};
 use crate::normalize::{Encoding, language::reads_like_language, map::Rewrite};
 
 /// Words that a run must have, half of them with a capital after a small letter.
@@ -21,7 +21,7 @@ pub(super) fn find(text: &str) -> (Encoding, Vec<Island>) {
     let mut run: Vec<Range<usize>> = Vec::new();
     // A look at the bytes first: hardly any text has such words.
     if inner_capitals(text) >= MIN_WORDS / 2 {
-        for word in words::words(text) {
+        for word in words_of(text) {
             if word.len() > SHORT && inner_capitals(&text[word.clone()]) == 0 {
                 islands.extend(island(text, &run));
                 run.clear();

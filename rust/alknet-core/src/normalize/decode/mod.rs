@@ -74,6 +74,15 @@ pub(super) fn goes_on(candidate: &Candidate) -> bool {
     })
 }
 
+/// Byte ranges of letters and digits in a row, apostrophes between them included.
+fn words_of(text: &str) -> impl Iterator<Item = Range<usize>> {
+    let is_word = |c: char| c.is_alphanumeric() || matches!(c, '\'' | '’');
+    text.split(move |c| !is_word(c)).filter(|word| !word.is_empty()).map(|word| {
+        let start = word.as_ptr() as usize - text.as_ptr() as usize;
+        start..start + word.len()
+    })
+}
+
 /// The decoded islands with up to `CONTEXT_BYTES` of their lines around them, one piece to a line.
 pub(super) fn in_context(text: &str, islands: &[Island]) -> Rewrite {
     let mut rewrite = Rewrite::default();

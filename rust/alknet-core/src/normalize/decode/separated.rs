@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::{Island, words::words};
+use super::{Island, words_of};
 use crate::normalize::{Encoding, language::reads_like_language, map::Rewrite};
 
 /// Words that a run must have. Most names in code and paths of files have fewer.
@@ -21,7 +21,7 @@ pub(super) fn find(text: &str) -> (Encoding, Vec<Island>) {
     let mut islands = Vec::new();
     let mut run: Vec<Range<usize>> = Vec::new();
     let mut separator = None;
-    for word in words(text) {
+    for word in words_of(text) {
         let found = run.last().and_then(|last| separator_of(&text[last.end..word.start]));
         if found.is_none() || (run.len() > 1 && found != separator) {
             islands.extend(island(text, &run));

@@ -50,15 +50,6 @@ pub(super) fn find(text: &str) -> Vec<(Encoding, Vec<Island>)> {
     ]
 }
 
-/// Byte ranges of letters and digits in a row, apostrophes between them included.
-pub(super) fn words(text: &str) -> impl Iterator<Item = Range<usize>> {
-    let is_word = |c: char| c.is_alphanumeric() || matches!(c, '\'' | '’');
-    text.split(move |c| !is_word(c)).filter(|word| !word.is_empty()).map(|word| {
-        let start = word.as_ptr() as usize - text.as_ptr() as usize;
-        start..start + word.len()
-    })
-}
-
 /// Letters of a word that are weighed together; longer ones, which are no words, in pieces.
 const MAX_WORD: usize = 4096;
 
