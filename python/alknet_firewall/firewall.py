@@ -152,7 +152,7 @@ class Firewall:
         try:
             fields = self._core.screen(_checked(text), _checked_origin(origin))
         except AlknetFirewallError as error:
-            return self._failed(error, text, origin)
+            return self._failed(error, _length(text), origin)
         return Alarm._from_core(fields, self.detector)
 
     def screen_batch(
@@ -282,12 +282,11 @@ class Firewall:
         try:
             return read_message(message)
         except InputError as error:
-            return self._failed(error, "", None)
+            return self._failed(error, 0, None)
 
-    def _failed(self, error: AlknetFirewallError, text: object, origin: Origin | None) -> Alarm:
+    def _failed(self, error: AlknetFirewallError, unread: int, origin: Origin | None) -> Alarm:
         if self.config.on_error == "raise":
             raise error
-        unread = len(text) if isinstance(text, str) else 0
         known = origin if origin in _ORIGINS else None
         return Alarm._blocked(error, self.detector, unread, known)
 
@@ -330,7 +329,7 @@ class Stream:
             DANGEROUS instead and stays so to the end.
         """
         with self._lock:
-            self._length += len(chunk) if isinstance(chunk, str) else 0
+            self._length += _length(chunk)
             return self._take(lambda: self._core.feed(_checked(chunk)))
 
     def finish(self) -> Alarm:
@@ -349,7 +348,7 @@ class Stream:
         try:
             alarm = Alarm._from_core(call(), self._firewall.detector)
         except AlknetFirewallError as error:
-            alarm = self._firewall._failed(error, " " * self._length, self._origin)
+            alarm = self._firewall._failed(error, self._length, self._origin)
             if self._finished:  # The verdict on the text stands.
                 return alarm
             self._blocked = alarm
@@ -371,6 +370,11 @@ def _checked_origin(origin: Any) -> Any:
     if origin not in _ORIGINS:
         raise InputError('origin must be "user", "document" or None')
     return origin
+
+
+def _length(text: object) -> int:
+    """Characters of what should be a text."""
+    return len(text) if isinstance(text, str) else 0
 
 
 def _checked(text: object) -> str:
