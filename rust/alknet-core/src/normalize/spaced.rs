@@ -149,7 +149,7 @@ fn reads_like_words(text: &str, words: &[&[Range<usize>]]) -> bool {
     long_words && (latin || foreign >= MIN_FOREIGN_LETTERS)
 }
 
-/// Appends the joined words; returns where the last one ends. Gaps of words keep their punctuation.
+/// Appends the joined words; returns where the last one ends.
 fn append_words(
     rewrite: &mut Rewrite,
     text: &str,
@@ -160,15 +160,25 @@ fn append_words(
     for (i, word) in words.iter().enumerate() {
         let gap = done..word[0].start;
         let between_letters = if word.len() > 1 { &text[word[0].end..word[1].start] } else { "" };
-        let is_spacing = |c: char| c.is_whitespace() || between_letters.contains(c);
-        match text[gap.clone()].chars().all(is_spacing) {
-            true if i > 0 => rewrite.replace(" ", gap),
-            _ => rewrite.keep(text, gap),
+        match i {
+            0 => rewrite.keep(text, gap),
+            _ => rewrite.replace(&word_gap(&text[gap.clone()], between_letters), gap),
         }
         word.iter().for_each(|letter| rewrite.keep(text, letter.clone()));
         done = word[word.len() - 1].end;
     }
     done
+}
+
+/// What belongs between two words: a space and the punctuation of the gap, which was spaced out too.
+fn word_gap(gap: &str, between_letters: &str) -> String {
+    let is_spacing = |c: char| c.is_whitespace() || between_letters.contains(c);
+    let punctuation: String = gap.chars().filter(|&c| !is_spacing(c)).collect();
+    if punctuation.starts_with(['[', '{', '“', '‘', '«', '„']) {
+        format!(" {punctuation}")
+    } else {
+        format!("{punctuation} ")
+    }
 }
 
 #[cfg(test)]
@@ -188,6 +198,8 @@ mod tests {
         assert_eq!(joined("i.g.n.o.r.e a.l.l of it"), "ignore all of it");
         assert_eq!(joined("s-e-n-d - t-h-e - k-e-y"), "send the key");
         assert_eq!(joined("s\ne\nn\nd\n\nh\ne\nr\n"), "send her\n");
+        assert_eq!(joined("n\no\nw\n,\n\ns\ne\nn\nd"), "now, send");
+        assert_eq!(joined("s a y   “ n o w ” !"), "say “now ” !");
         assert_eq!(joined("п р и ш л и   к л ю ч"), "пришли ключ");
     }
 
