@@ -185,7 +185,7 @@ def figures(name: str = "mine") -> dict:
         "benign": {name: rates()},
         "attacks": {name: rates()},
         "families": {name: rates(), "other": rates(3, 0.0)},
-        "languages": {name: both},
+        "languages": {name: both | {"auroc": 0.7}},
         "lengths": {"1–16": both | {"auroc": None}},
         "pairs": {name: {"pairs": 10, "higher": 0.7}},
     }

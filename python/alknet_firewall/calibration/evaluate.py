@@ -79,9 +79,9 @@ def evaluate(
         ``families``
             Rates of attacks per family; the kind stands for it where a row names none.
         ``languages``
-            Per language rates of ``attacks`` and of ``benign`` texts.
+            Per language rates of ``attacks`` and of ``benign`` texts, and ``auroc`` between them.
         ``lengths``
-            The same per length class in tokens, the shortest first, and ``auroc``.
+            The same per length class in tokens, the shortest first.
         ``pairs``
             Per source ``pairs`` (attacks that have a clean twin) and ``higher`` (share of them that
             are more alarming than it, equal ones counting half).
@@ -213,7 +213,7 @@ def _measure(corpus: Corpus, x: Array, folds: list[Bools], own: Bools) -> dict[s
         "benign": _rates(x, benign, [row.source for row in corpus.rows]),
         "attacks": _rates(x, attacks, [f"{row.source}/{row.kind}" for row in corpus.rows]),
         "families": _rates(x, attacks, [row.family or row.kind for row in corpus.rows]),
-        "languages": _rates_of_both(corpus, x, own, [row.lang or "unknown" for row in corpus.rows]),
+        "languages": _languages(corpus, x, own),
         "lengths": _lengths(corpus, x, own),
         "pairs": _pairs(corpus, x, own),
     }
@@ -272,35 +272,31 @@ def _rates(x: Array, texts: Bools, names: Sequence[str]) -> dict[str, Any]:
     return {str(name): _rate(x[texts & (of_row == name)]) for name in np.unique(of_row[texts])}
 
 
-def _rates_of_both(corpus: Corpus, x: Array, texts: Bools, names: Sequence[str]) -> dict[str, Any]:
-    """Rates of attacks and of benign texts by name."""
-    of_row = np.array(names)
-    rates = {}
-    for name in np.unique(of_row[texts]):
-        own = texts & (of_row == name)
-        rates[str(name)] = {
-            "attacks": _rate(x[own & corpus.attack]),
-            "benign": _rate(x[own & ~corpus.attack]),
-        }
-    return rates
+def _languages(corpus: Corpus, x: Array, texts: Bools) -> dict[str, Any]:
+    of_row = np.array([row.lang or "unknown" for row in corpus.rows])
+    names = np.unique(of_row[texts])
+    return {str(name): _rates_of_both(corpus, x, texts & (of_row == name)) for name in names}
 
 
-def _lengths(corpus: Corpus, x: Array, own: Bools) -> dict[str, Any]:
+def _lengths(corpus: Corpus, x: Array, texts: Bools) -> dict[str, Any]:
     classes = length_class(corpus.n_tokens)
     starts = (1, *(bound + 1 for bound in LENGTH_CLASSES[:-1]))
-    rates = {}
-    for c, (start, end) in enumerate(zip(starts, LENGTH_CLASSES, strict=True)):
-        these = own & (classes == c)
-        if not these.any():
-            continue
-        attack = corpus.attack[these]
-        both = attack.any() and not attack.all()
-        rates[f"{start}–{end}"] = {
-            "attacks": _rate(x[these][attack]),
-            "benign": _rate(x[these][~attack]),
-            "auroc": float(roc_auc_score(attack, x[these])) if both else None,
-        }
-    return rates
+    return {
+        f"{start}–{end}": _rates_of_both(corpus, x, texts & (classes == c))
+        for c, (start, end) in enumerate(zip(starts, LENGTH_CLASSES, strict=True))
+        if (texts & (classes == c)).any()
+    }
+
+
+def _rates_of_both(corpus: Corpus, x: Array, texts: Bools) -> dict[str, Any]:
+    """Rates of the attacks and of the benign ones among some texts, and AUROC between them."""
+    attack = corpus.attack[texts]
+    both = attack.any() and not attack.all()
+    return {
+        "attacks": _rate(x[texts][attack]),
+        "benign": _rate(x[texts][~attack]),
+        "auroc": float(roc_auc_score(attack, x[texts])) if both else None,
+    }
 
 
 def _pairs(corpus: Corpus, x: Array, own: Bools) -> dict[str, Any]:

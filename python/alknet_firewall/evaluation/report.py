@@ -186,21 +186,18 @@ def _rates_table(
 
 
 def _both_table(caption: str, name: str, rates: Mapping[str, Mapping[str, Any]]) -> str:
-    has_auroc = any("auroc" in own for own in rates.values())
-    rows = []
-    for key, own in rates.items():
-        attacks, benign = own["attacks"], own["benign"]
-        rows.append(
-            (
-                key,
-                f"{attacks['rows']:,}",
-                _rate(attacks, "suspicious", good=True),
-                f"{benign['rows']:,}",
-                _rate(benign, "suspicious", good=False),
-                *([_figure(own["auroc"])] if has_auroc else []),
-            )
+    rows = [
+        (
+            key,
+            f"{own['attacks']['rows']:,}",
+            _rate(own["attacks"], "suspicious", good=True),
+            f"{own['benign']['rows']:,}",
+            _rate(own["benign"], "suspicious", good=False),
+            _figure(own["auroc"]),
         )
-    return _long_table(caption, (name, *_BOTH_RATES, *(["AUROC"] if has_auroc else [])), rows)
+        for key, own in rates.items()
+    ]
+    return _long_table(caption, (name, *_BOTH_RATES, "AUROC"), rows)
 
 
 def _most_first(rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
