@@ -26,10 +26,17 @@ from alknet_firewall.calibration.activations import Layout, read_windows
 from alknet_firewall.calibration.corpus import Row, read_corpora, sha256_of
 from alknet_firewall.calibration.crossfit import ORIGINS, Corpus, cross_fit, folds_of
 from alknet_firewall.calibration.evaluate import evaluate, table
-from alknet_firewall.calibration.fit import FitOptions, Windows, pool
+from alknet_firewall.calibration.fit import (
+    FitOptions,
+    Scorer,
+    Windows,
+    fit_scorer,
+    pool,
+    project,
+)
 
 WIDTH = len(SITES) * HIDDEN_SIZE
-OPTIONS = FitOptions(n_components=3, rounds=2)
+OPTIONS = FitOptions(n_components=5, rounds=2)
 TINY_LAYOUT = Layout(sites=SITES, max_tokens=1024, **LAYOUT)
 N_WINDOWS = 3
 
@@ -108,6 +115,45 @@ class TestCrossFit:
         np.testing.assert_array_equal(one[kept], two[kept])
         assert (one[changed] != two[changed]).all()
         assert (one[~held] != two[~held]).any()
+
+
+class TestOtherLanguages:
+    def corpus(self, lang: str) -> Corpus:
+        """Every fourth text is in `lang`, and what stands out in its attacks is another axis."""
+        corpus = made_up_corpus()
+        rows = [dataclasses.replace(row, lang=lang if row.lang else "") for row in corpus.rows]
+        x = corpus.windows.x.copy()
+        for t, row in enumerate(corpus.rows):
+            if row.attack and row.lang:
+                x[N_WINDOWS * t + 1, 6] += np.float16(6)
+                x[N_WINDOWS * t + 1, :2] = x[N_WINDOWS * t, :2]
+        return dataclasses.replace(corpus, rows=rows, windows=Windows(x, corpus.windows.starts))
+
+    def scorer(self, corpus: Corpus) -> Scorer:
+        scales, moments = corpus.scales(OPTIONS), corpus.moments(OPTIONS)
+        return fit_scorer(scales, corpus.labels, np.arange(len(corpus.rows)), OPTIONS, moments)
+
+    def test_attacks_in_them_have_a_direction_of_their_own(self):
+        corpus = self.corpus("de")
+        scorer = self.scorer(corpus)
+        assert scorer.weights.shape == (3, 2, len(scorer.components))
+        z = project(
+            scorer.mean, scorer.components, corpus.windows, np.arange(len(corpus.windows.x))
+        )
+        lengths = np.diff(corpus.windows.starts)
+        own = [pool(z @ scorer.weights[:, d].T, lengths, scorer.scales) for d in range(2)]
+        foreign = corpus.labels.foreign
+        english, others = corpus.attack & ~foreign, corpus.attack & foreign
+        for d, attacks in enumerate((english, others)):
+            assert np.median(own[d][attacks]) > np.quantile(own[d][~corpus.attack], 0.99)
+        assert np.median(own[1][english]) < np.quantile(own[1][~corpus.attack], 0.9)
+        every = np.arange(len(corpus.rows))
+        largest = np.max([own[d] + scorer.bias[d] for d in range(2)], axis=0)
+        np.testing.assert_allclose(scorer.largest(corpus.windows, every), largest, rtol=1e-6)
+
+    @pytest.mark.parametrize("lang", ["", "en"])
+    def test_english_text_has_one_direction(self, lang):
+        assert self.scorer(self.corpus(lang)).weights.shape[1] == 1
 
 
 class TestFrames:
@@ -247,12 +293,12 @@ class TestCompile:
         metadata = _core.inspect_codebook(str(compiled))
         assert metadata["detector"] == "tiny"
         assert metadata["sites"] == ",".join(SITES)
-        assert metadata["n_components"] == "3"
+        assert metadata["n_components"] == "5"
         calibration = json.loads(metadata["calibration"])
         assert calibration["rows"] == len(corpus.rows)
         assert calibration["sha256"] == sha256_of(corpus.rows)
         names = [d["name"] for d in json.loads(metadata["directions"]) if d["scored"]]
-        assert names == ["attack"]
+        assert names == ["attack", "foreign_attack"]
 
     def test_it_belongs_to_its_detector(self, compiled, tiny_folder):
         alarm = Firewall(tiny_folder, codebook_path=compiled).screen(BENIGN[0])

@@ -1,4 +1,4 @@
-"""Ordinary text that never takes part in calibration, screened with the released detector."""
+"""Text that never takes part in calibration, most of it ordinary, and the released detector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from alknet_firewall import AlarmLevel
 DATA = Path(__file__).parent / "data"
 
 
-FILES = ("trigger_words", "multilingual_benign")
+HARMLESS = ("trigger_words", "multilingual_benign")
+ATTACKS = "multilingual_attacks"
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def alarms(fw):
         lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         return fw.screen_batch([json.loads(line)["text"] for line in lines])
 
-    return {name: screen(name) for name in FILES}
+    return {name: screen(name) for name in (*HARMLESS, ATTACKS)}
 
 
 @pytest.mark.parametrize(("name", "most"), [("trigger_words", 0.03), ("multilingual_benign", 0.02)])
@@ -30,5 +31,14 @@ def test_few_harmless_texts_alarm(alarms, name, most):
 
 
 def test_hardly_a_harmless_text_is_dangerous(alarms):
-    every = [alarm for own in alarms.values() for alarm in own]
+    every = [alarm for name in HARMLESS for alarm in alarms[name]]
     assert sum(alarm.level is AlarmLevel.DANGEROUS for alarm in every) / len(every) <= 0.002
+
+
+def test_attacks_in_other_languages_rank_above_ordinary_text(alarms):
+    """Most of them stay below the threshold."""
+    attacks = [alarm.p_value for alarm in alarms[ATTACKS]]
+    ordinary = [alarm.p_value for alarm in alarms["multilingual_benign"]]
+    assert len(attacks) == 84
+    higher = sum(a < b for a in attacks for b in ordinary)
+    assert higher / (len(attacks) * len(ordinary)) >= 0.7

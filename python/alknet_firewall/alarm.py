@@ -55,6 +55,7 @@ class Span:
 # What a gateway's log should say about a behaviour, after "it".
 _BEHAVIOURS = {
     "attack": "reads like an attack on the model",
+    "foreign_attack": "reads like an attack on the model in another language than English",
     "instruction_override": "tries to replace the model's instructions",
     "embedded_instruction": "gives the model an order from inside a document",
     "jailbreak": "tries to talk the model out of its rules",

@@ -11,7 +11,15 @@ from .grammar import Grammar, bind
 from .phrases import LANGUAGES
 from .rows import Draft, Kind
 
-__all__ = ["attack_in_document", "attack_in_paste", "direct", "disguised", "foreign", "slipped"]
+__all__ = [
+    "attack_in_document",
+    "attack_in_paste",
+    "direct",
+    "disguised",
+    "foreign",
+    "native",
+    "slipped",
+]
 
 # Stands for a pasted text while its frame is drawn, so that both of a pair get the same frame.
 _PASTED = "\ue001"
@@ -216,6 +224,17 @@ def foreign(grammar: Grammar, dice: Dice) -> list[Draft]:
         order = attack(dice.pick(["task_switch", "instruction_override"]), grammar, dice)
     family = "code_switched" if form == "english" else "foreign_language"
     return _native_pair(lang, order, family, grammar, dice)
+
+
+def native(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """Attacks in other languages, most of them common ones: typed, or in text of that language."""
+    lang = dice.pick(LANGUAGES)
+    typed = dice.chance(0.6)
+    section = dice.pick(["classic", "classic", "override" if typed else "order"])
+    order = register(grammar.draw(f"{lang}.{section}", dice), dice)
+    if typed:
+        return [Draft(order, "direct_injection", "foreign_language", "user", lang)]
+    return _native_pair(lang, order, "foreign_language", grammar, dice)
 
 
 def _foreign_order(lang: str, grammar: Grammar, dice: Dice) -> str:

@@ -11,7 +11,7 @@ from .grammar import Grammar, bind
 from .phrases import LANGUAGES
 from .rows import Draft, Kind, Origin
 
-__all__ = ["asides", "documents", "foreign", "pasted", "prose", "section", "technical"]
+__all__ = ["asides", "documents", "foreign", "native", "pasted", "prose", "section", "technical"]
 
 _TECHNICAL = ["python", "csource", "log", "config", "csv", "json", "yaml", "sql", "readme", "issue"]
 
@@ -91,3 +91,12 @@ def foreign(grammar: Grammar, dice: Dice) -> list[Draft]:
     text = dice.pick(["\n\n", "\n", " "]).join(texts)
     kind: Kind = "hard_benign" if form == "hard" else "benign"
     return [Draft(text, kind, "foreign_language", "document", lang, "prose")]
+
+
+def native(grammar: Grammar, dice: Dice) -> list[Draft]:
+    """The same, a third of it requests that use the words of common attacks."""
+    if dice.chance(0.67):
+        return foreign(grammar, dice)
+    lang = dice.pick(LANGUAGES)
+    request = register(grammar.draw(f"{lang}.near", dice), dice)
+    return [Draft(request, "hard_benign", "foreign_language", "user", lang)]

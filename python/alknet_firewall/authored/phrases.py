@@ -9,8 +9,8 @@ from .grammar import Grammar, load
 
 __all__ = ["LANGUAGES", "phrases"]
 
-#: Languages besides English. Each has the sections ``<code>.override``, ``.order``, ``.request``,
-#: ``.text`` and ``.hard``.
+#: Languages besides English. Each has the sections ``<code>.override``, ``.classic`` (the common
+#: forms of it in many combinations), ``.order``, ``.request``, ``.near``, ``.text`` and ``.hard``.
 LANGUAGES = ("ar", "de", "es", "fr", "hi", "it", "ja", "ko", "nl", "pl", "pt", "ru", "tr", "zh")
 
 # What the code supplies: the parts of documents, and what goes into frames and wrappers.

@@ -18,7 +18,7 @@ __all__ = ["calibration_rows", "shipped_lines", "write_shipped"]
 
 _PATH = Path(__file__).parent / "calibration.jsonl.gz"
 _SEED = 20_261_121
-_ROWS = 2_000
+_ROWS = 2_500
 
 
 def calibration_rows() -> Iterator[Row]:

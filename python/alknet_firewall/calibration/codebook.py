@@ -19,7 +19,7 @@ from ..errors import InputError
 from .activations import Layout
 from .corpus import Row, sha256_of
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
-from .fit import FitOptions, Scorer, fit_scorer, pool, project
+from .fit import FitOptions, Scorer, fit_scorer, largest_logits, project
 from .null import LENGTH_CLASSES, component_cdf
 
 Array = npt.NDArray[np.float64]
@@ -28,8 +28,8 @@ Progress = Callable[[str, int, int | None], None]
 
 __all__ = ["compile_codebook", "recalibrate"]
 
-# The direction that is scored, and the behaviours that say what kind of attack it is.
-_SCORED = "attack"
+# The directions that are scored, and the behaviours that say what kind of attack it is.
+_SCORED = ("attack", "foreign_attack")
 _BEHAVIOURS: dict[str, Callable[[Row], bool]] = {
     "instruction_override": lambda row: (
         row.kind == "direct_injection" and "extraction" not in row.family
@@ -79,7 +79,7 @@ def compile_codebook(
     tensors |= _distributions(corpus, z, np.flatnonzero(~corpus.attack))
     tensors |= _novelty_null(corpus, z)
     tensors |= _nulls(corpus, left_out)
-    directions = [{"name": _SCORED, "scored": True}]
+    directions = [{"name": name, "scored": True} for name in _SCORED[: len(fitted.bias)]]
     directions += [{"name": name, "scored": False} for name in behaviours]
     counts = Counter((row.source, row.kind) for row in corpus.rows)
     metadata = _core.fingerprint(str(detector)) | {
@@ -171,23 +171,24 @@ def _behaviours(corpus: Corpus) -> dict[str, Bools]:
 def _directions(
     corpus: Corpus, fitted: Scorer, z: Array, behaviours: Iterable[Bools]
 ) -> dict[str, Array]:
-    """Weights and bias of every direction, the scored one first.
+    """Weights and bias of every direction, the scored ones first.
 
     A behaviour is told from benign text and from the other attacks, half and half, by the window
     that is most like an attack.
     """
-    weights, bias = [fitted.weights], [fitted.bias]
-    rows = _best_windows(corpus, np.arange(len(corpus.rows)), z @ fitted.weights[0])
+    weights, bias = [fitted.weights], list(fitted.bias)
+    most = (z @ fitted.weights[0].T + fitted.bias).max(axis=1)
+    rows = _best_windows(corpus, np.arange(len(corpus.rows)), most)
     for own in behaviours:
         others, benign = corpus.attack & ~own, ~corpus.attack
         shares = 0.5 * own / own.sum() + 0.25 * benign / benign.sum()
         shares += 0.25 * others / max(others.sum(), 1)
         model = LogisticRegression(C=len(rows), max_iter=500)
         model.fit(z[rows], own, sample_weight=shares)
-        weights.append(np.zeros_like(fitted.weights))
+        weights.append(np.zeros_like(fitted.weights[:, :1]))
         weights[-1][0] = model.coef_[0]
         bias.append(float(model.intercept_[0]))
-    return {"direction_weights": np.stack(weights, axis=1), "direction_bias": np.array(bias)}
+    return {"direction_weights": np.concatenate(weights, axis=1), "direction_bias": np.array(bias)}
 
 
 def _best_windows(corpus: Corpus, texts: npt.NDArray[np.int64], logits: Array) -> npt.NDArray[Any]:
@@ -261,14 +262,9 @@ def _statistics(
         return None in (info.get("origin"), origin) or info["origin"] == origin
 
     lengths = np.diff(corpus.windows.starts)
-    logits = [
-        pool(z @ tensors["direction_weights"][:, d].T, lengths, scales)
-        + tensors["direction_bias"][d]
-        for d, info in enumerate(directions)
-        if info["scored"] and is_read(info)
-    ]
-    largest: Array = np.max(logits, axis=0)
-    return largest
+    own = [d for d, info in enumerate(directions) if info["scored"] and is_read(info)]
+    weights, bias = tensors["direction_weights"][:, own], tensors["direction_bias"][own]
+    return largest_logits(z, lengths, weights, bias, scales)
 
 
 def _largest(corpus: Corpus, of_window: Array) -> Array:

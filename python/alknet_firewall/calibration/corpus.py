@@ -13,7 +13,15 @@ from typing import Any
 
 from ..errors import InputError
 
-__all__ = ["FOLDS", "Row", "is_authored", "read_corpora", "row_from", "sha256_of"]
+__all__ = [
+    "FOLDS",
+    "Row",
+    "for_other_languages",
+    "is_authored",
+    "read_corpora",
+    "row_from",
+    "sha256_of",
+]
 
 # Public sources that are left out together when a detector is evaluated: each fold holds attack and
 # benign sources. How others are left out is in `crossfit.folds_of`.
@@ -167,6 +175,14 @@ def row_from(values: Any, default_source: str) -> Row | None:
     extras = {name: str(values.get(name) or "") for name in ("family", "lang", "pair")}
     extras["lang"] = _LANGUAGES.get(extras["lang"], extras["lang"])
     return Row(text, bool(label), kind, source, origin, **extras)
+
+
+def for_other_languages(source: str) -> bool:
+    """Whether a source was written for the direction of other languages alone.
+
+    In the direction for all it costs more than it brings.
+    """
+    return source.startswith("authored/language_")
 
 
 def is_authored(source: str) -> bool:

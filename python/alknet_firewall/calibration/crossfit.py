@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .corpus import FOLDS, Row, is_authored
+from .corpus import FOLDS, Row, for_other_languages, is_authored
 from .fit import FitOptions, Group, Labels, Moments, Windows, fit_scorer, group_moments
 from .null import null_splines
 
@@ -53,7 +53,9 @@ class Corpus:
             for group, row in zip(groups, self.rows, strict=True)
             if not row.attack and row.origin == "document" and not is_authored(row.source)
         )
-        return Labels(self.attack, groups, documents)
+        foreign = np.array([row.lang not in ("", "en") for row in self.rows])
+        apart = np.array([for_other_languages(row.source) for row in self.rows])
+        return Labels(self.attack, groups, documents, foreign, apart)
 
     def scales(self, options: FitOptions) -> list[Windows]:
         """Runs of windows at every scale; made once."""

@@ -17,8 +17,13 @@ vector on which few groups agree takes part little; (6) again from (2).
 Groups of public documents weigh more in (1) and (3): they are few, no two are alike, and what reads
 like an order to a model must stand out from them.
 
+The model reads other languages than English poorly, and what separates their texts is not what
+separates English ones. Attacks in them therefore have a direction of their own, told from ordinary
+text in all languages: a ridge on all whitened dimensions, since there is little that its groups
+could agree on. A frame counts by the larger of the two.
+
 The components are the first singular vectors of the windows, then what their model has outside
-them, and last the model of each longer scale.
+them, the model of each longer scale, and last those of the other languages.
 """
 
 from __future__ import annotations
@@ -26,12 +31,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy.linalg import block_diag, solve_triangular
+from scipy.linalg import solve_triangular
 from sklearn.linear_model import LogisticRegression
 
 Array = npt.NDArray[np.float64]
@@ -53,6 +58,7 @@ __all__ = [
     "Windows",
     "fit_scorer",
     "group_moments",
+    "largest_logits",
     "pool",
 ]
 
@@ -64,7 +70,7 @@ class FitOptions:
     # Consecutive windows, rising from 1, of whose means a model is fitted; how much each counts.
     scales: tuple[int, ...] = (1, 3, 7)
     scale_weights: tuple[float, ...] = (0.5, 0.25, 0.25)
-    # Rows of the projection, one a scale at least; the scored direction is exact with any number.
+    # Rows of the projection, one a model at least; the scored directions are exact with any number.
     n_components: int = 16
     shrinkage: float = 0.3
     rounds: int = 3
@@ -78,6 +84,16 @@ class FitOptions:
     windows_per_text: int = 24
     # The most alarming windows of every benign text that enter it besides, after the first round.
     hard_windows: int = 12
+    # Attacks in other languages: the same of their models, with a ridge on all whitened dimensions.
+    foreign_scales: tuple[int, ...] = (1, 3)
+    foreign_scale_weights: tuple[float, ...] = (0.5, 0.5)
+    foreign_ridge: float = 0.2
+    # Their log-odds, which the ridge keeps small, times the one and with the other added: so that
+    # ordinary text in other languages reaches a threshold about as rarely as English text does.
+    foreign_slope: float = 4.0
+    foreign_shift: float = -4.9
+    # Fewest attacks in other languages from which they get a direction.
+    foreign_attacks: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +108,17 @@ class Labels:
         Of every text.
     documents : frozenset
         Groups of public documents.
+    foreign : ndarray
+        Bool ``(n_texts,)``: known to be in another language than English.
+    apart : ndarray
+        Bool ``(n_texts,)``: take part in the direction of other languages alone.
     """
 
     attack: Bools
     groups: Sequence[Group]
     documents: frozenset[Group]
+    foreign: Bools
+    apart: Bools
 
     def of(self, texts: Ints) -> list[Group]:
         """Groups of some texts."""
@@ -201,9 +223,10 @@ class _Directions:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """The scored direction of frames, with ``z = components @ (x − mean)`` of their windows.
+    """The scored directions of frames, with ``z = components @ (x − mean)`` of their windows.
 
-    ``logit = Σ_s max_r mean_{w in r}(weights[s] · z_w) + bias``, ``r`` its runs of scale ``s``.
+    ``logit[d] = Σ_s max_r mean_{w in r}(weights[s, d] · z_w) + bias[d]``, ``r`` its runs of scale
+    ``s``.
 
     Attributes
     ----------
@@ -212,8 +235,9 @@ class Scorer:
     components : ndarray
         ``(n_components, width)``, whitening folded in; each row's largest entry is positive.
     weights : ndarray
-        ``(n_scales, n_components)``.
-    bias : float
+        ``(n_scales, n_directions, n_components)``.
+    bias : ndarray
+        ``(n_directions,)``.
     scales : tuple of int
         Windows of a run; a frame is a run of the last.
     """
@@ -221,14 +245,23 @@ class Scorer:
     mean: Array
     components: Array
     weights: Array
-    bias: float
+    bias: Array
     scales: tuple[int, ...]
 
     def largest(self, windows: Windows, texts: npt.NDArray[Any]) -> Array:
         """Largest logit of some texts, ``(len(texts),)``."""
         z = project(self.mean, self.components, windows, windows.rows(texts))
         lengths = np.diff(windows.starts)[texts]
-        return pool(z @ self.weights.T, lengths, self.scales) + self.bias
+        return largest_logits(z, lengths, self.weights, self.bias, self.scales)
+
+
+def largest_logits(
+    z: Array, lengths: Ints, weights: Array, bias: Array, scales: Sequence[int]
+) -> Array:
+    """Largest log-odds over the frames of every text and some directions, see `Scorer`."""
+    directions = zip(weights.swapaxes(0, 1), bias, strict=True)
+    largest: Array = np.max([pool(z @ w.T, lengths, scales) + b for w, b in directions], axis=0)
+    return largest
 
 
 def project(mean: Array, components: Array, windows: Windows, rows: Ints) -> Array:
@@ -291,26 +324,51 @@ def fit_scorer(
     moments : sequence of dict
         Of each scale, `group_moments` of every group among ``texts``.
     """
-    sizes = [options.n_components - len(scales) + 1, *[1] * (len(scales) - 1)]
-    models = [
-        _fit(scale, labels, texts, replace(options, n_components=n), own)
-        for scale, n, own in zip(scales, sizes, moments, strict=True)
+    abroad = labels.attack & labels.foreign
+    foreign = []
+    # All or no fold has the direction, unless it leaves out the text that makes it.
+    if (
+        abroad.sum() >= options.foreign_attacks
+        and abroad[texts].any()
+        and (labels.foreign & ~labels.attack)[texts].any()
+    ):
+        for n, share in zip(options.foreign_scales, options.foreign_scale_weights, strict=True):
+            s = options.scales.index(n)
+            model = _fit_foreign(scales[s], labels, texts, options)
+            foreign.append(_Part(1, s, options.foreign_slope * share, model))
+    texts = texts[~labels.apart[texts]]
+    leading = max(options.n_components - len(scales) - len(foreign) + 1, 1)
+    sizes = [leading, *[1] * (len(scales) - 1)]
+    main = [
+        _Part(0, s, share, _fit(scales[s], labels, texts, replace(options, n_components=n), own))
+        for s, (n, own, share) in enumerate(zip(sizes, moments, options.scale_weights, strict=True))
     ]
-    mean = models[0].mean
-    shares = zip(models, options.scale_weights, strict=True)
-    # Every model is about a mean of its own.
-    bias = sum(
-        share * (model.bias + model.weights @ model.components @ (mean - model.mean))
-        for model, share in shares
-    )
-    weights = [share * m.weights for m, share in zip(models, options.scale_weights, strict=True)]
-    return Scorer(
-        mean=mean,
-        components=np.concatenate([model.components for model in models]),
-        weights=block_diag(*weights),
-        bias=float(bias),
-        scales=options.scales,
-    )
+    return _together([*main, *foreign], options)
+
+
+class _Part(NamedTuple):
+    """What a model adds to a direction."""
+
+    direction: int
+    scale: int
+    share: float
+    model: _Directions
+
+
+def _together(parts: Sequence[_Part], options: FitOptions) -> Scorer:
+    """One scorer of the models of every direction."""
+    mean = parts[0].model.mean
+    components = np.concatenate([part.model.components for part in parts])
+    bias = np.zeros(parts[-1].direction + 1)
+    bias[1:] = options.foreign_shift
+    weights = np.zeros((len(options.scales), len(bias), len(components)))
+    end = 0
+    for d, s, share, model in parts:
+        start, end = end, end + len(model.components)
+        weights[s, d, start:end] = share * model.weights
+        # Every model is about a mean of its own.
+        bias[d] += share * (model.bias + model.weights @ model.components @ (mean - model.mean))
+    return Scorer(mean, components, weights, bias, options.scales)
 
 
 def _fit(
@@ -349,6 +407,42 @@ def _fit(
         components, along = _fold(vectors, model.coef_[0] * values, options.n_components)
         bias = float(model.intercept_[0])
         fitted = _Directions(mean, components @ whiten, along, bias).oriented()
+    assert fitted is not None
+    return fitted
+
+
+def _fit_foreign(windows: Windows, labels: Labels, texts: Ints, options: FitOptions) -> _Directions:
+    """Fit a model of attacks in other languages: one direction.
+
+    They count for half, ordinary text in other languages and in English for a quarter each.
+    """
+    attack, foreign = labels.attack[texts], labels.foreign[texts]
+    attacks, native = texts[attack & foreign], texts[~attack & foreign]
+    other = texts[~attack & ~foreign]
+    moments = group_moments(windows, labels, native)
+    mean, covariance = _benign_average(moments, moments, labels, options)
+    positives = _spread(windows, attacks, options.windows_per_text)
+    ordinary = [_spread(windows, native, 8), _spread(windows, other, 3)]
+    hard: list[_Chosen] = [[], []]
+    fitted: _Directions | None = None
+    for _ in range(options.rounds):
+        if fitted is not None:
+            positives = _best(windows, attacks, fitted, options.attack_windows)
+            hard = [_best(windows, native, fitted, 6), _best(windows, other, fitted, 3)]
+        chosen = [positives, *(a + b for a, b in zip(ordinary, hard, strict=True))]
+        attack_moments = _chosen_moments(windows, positives, labels).values()
+        whiten = _whitener(attack_moments, covariance, options)
+        rows = np.concatenate([rows for part in chosen for _, rows in part])
+        parts = [_weights([labels.groups[t] for t, rows in part for _ in rows]) for part in chosen]
+        weights = [s * w / w.sum() for s, w in zip((0.5, 0.25, 0.25), parts, strict=True)]
+        model = LogisticRegression(C=1 / options.foreign_ridge, tol=1e-4, max_iter=1000)
+        model.fit(
+            project(mean, whiten, windows, rows),
+            np.arange(len(rows)) < len(parts[0]),
+            sample_weight=np.concatenate(weights),
+        )
+        components, along = _fold(whiten, model.coef_[0], 1)
+        fitted = _Directions(mean, components, along, float(model.intercept_[0])).oriented()
     assert fitted is not None
     return fitted
 

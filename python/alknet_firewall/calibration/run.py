@@ -16,7 +16,7 @@ from ..evaluation.measure import measure_detector
 from ..firewall import Firewall
 from .activations import Layout, read_windows
 from .codebook import compile_codebook, recalibrate
-from .corpus import Row, read_corpora, row_from
+from .corpus import Row, for_other_languages, read_corpora, row_from
 from .crossfit import Corpus
 from .evaluate import evaluate
 from .fit import FitOptions, Windows
@@ -40,8 +40,8 @@ def load_corpus(
     Parameters
     ----------
     limit : int, optional
-        Most rows of one (source, kind): the first in the order of their texts' digests, so that a
-        larger limit keeps them.
+        Most rows of one (source, kind), of text for the direction of other languages also of one
+        language: the first in the order of their texts' digests, so that a larger limit keeps them.
     authored : bool
         Adds the calibration text that the package ships.
     cache : Path, optional
@@ -150,9 +150,10 @@ def _default_firewall(detector: Path, codebook: Path | None) -> Firewall:
 
 
 def _sample(rows: list[Row], limit: int) -> list[Row]:
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.digest):
-        own = groups.setdefault((row.source, row.kind), [])
+        lang = row.lang if for_other_languages(row.source) else ""
+        own = groups.setdefault((row.source, row.kind, lang), [])
         if len(own) < limit:
             own.append(row)
     kept = {row.digest for own in groups.values() for row in own}

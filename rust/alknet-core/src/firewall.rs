@@ -325,7 +325,8 @@ impl Firewall {
 
     /// Adds the behaviours of an alarming frame and returns the name of the most probable one.
     ///
-    /// A scored direction gives its name where no behaviour that explains it is probable.
+    /// The scored direction that judges the frame gives its name where no behaviour that explains it is
+    /// probable.
     fn name_signals(
         &self,
         frame: &FrameScore,
@@ -340,8 +341,11 @@ impl Firewall {
         let origin = self.codebook.origins[reading];
         let read = self.codebook.directions.iter().zip(&frame.logits);
         let read = read.filter(|(direction, _)| direction.is_read(origin));
-        let probable =
-            |&(direction, &logit): &(&DirectionInfo, &f64)| direction.scored || logit > 0.0;
+        let scored = read.clone().filter(|(direction, _)| direction.scored);
+        let largest = scored.map(|(_, &logit)| logit).fold(f64::NEG_INFINITY, f64::max);
+        let probable = |&(direction, &logit): &(&DirectionInfo, &f64)| {
+            logit > 0.0 || direction.scored && logit == largest
+        };
         let mut strongest: Option<(&DirectionInfo, f64)> = None;
         for (direction, &logit) in read.filter(probable) {
             raise(signals, &direction.name, sigmoid(logit));
