@@ -52,6 +52,7 @@ _ATTACKS = (
     Group("household_injections", 1.0, attacks.attack_in_document(_HOUSEHOLD)),
     Group("pasted_injections", 1.0, attacks.attack_in_paste),
     Group("foreign_injections", 1.5, attacks.foreign),
+    # For the direction of other languages alone, see `calibration.corpus.for_other_languages`.
     Group("language_attacks", 6.5, attacks.native),
     Group("ciphers", 0.5, attacks.disguised),
     Group(
@@ -138,7 +139,7 @@ _BENIGN = (
     Group("documents", 1.0, benign.documents),
     Group("prose", 0.5, benign.prose),
     Group("foreign_texts", 2.0, benign.foreign),
-    # For the direction of other languages alone, see `calibration.corpus.for_other_languages`.
+    # For that direction alone too.
     Group("language_texts", 5.4375, benign.native),
 )
 

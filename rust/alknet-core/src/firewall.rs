@@ -341,8 +341,7 @@ impl Firewall {
         let origin = self.codebook.origins[reading];
         let read = self.codebook.directions.iter().zip(&frame.logits);
         let read = read.filter(|(direction, _)| direction.is_read(origin));
-        let scored = read.clone().filter(|(direction, _)| direction.scored);
-        let largest = scored.map(|(_, &logit)| logit).fold(f64::NEG_INFINITY, f64::max);
+        let largest = score::statistic(&self.codebook, &frame.logits, origin);
         let probable = |&(direction, &logit): &(&DirectionInfo, &f64)| {
             logit > 0.0 || direction.scored && logit == largest
         };

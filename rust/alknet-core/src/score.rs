@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use crate::{
-    codebook::Codebook,
+    codebook::{Codebook, Origin},
     error::{Error, Result},
     window,
 };
@@ -82,9 +82,7 @@ fn score(codebook: &Codebook, class: usize, windows: &[Window]) -> Result<FrameS
         return Err(Error::Inference("the score is not finite: the text was not screened".into()));
     }
     let attack = |(o, origin)| {
-        let scored = codebook.directions.iter().zip(&logits);
-        let own = scored.filter(|(d, _)| d.scored && d.is_read(origin));
-        let statistic = largest(own.map(|(_, &logit)| logit));
+        let statistic = statistic(codebook, &logits, origin);
         codebook.null(o, class).eval_linear_above(statistic).clamp(0.0, MAX_X)
     };
     Ok(FrameScore {
@@ -93,6 +91,13 @@ fn score(codebook: &Codebook, class: usize, windows: &[Window]) -> Result<FrameS
         novelty: codebook.novelty_null(class).eval_linear_above(depth).clamp(0.0, MAX_X),
         logits,
     })
+}
+
+/// Statistic of a frame for an origin: the largest log-odds of the scored directions that are read.
+pub fn statistic(codebook: &Codebook, logits: &[f64], origin: Option<Origin>) -> f64 {
+    let scored = codebook.directions.iter().zip(logits);
+    let own = scored.filter(|(direction, _)| direction.scored && direction.is_read(origin));
+    largest(own.map(|(_, &logit)| logit))
 }
 
 /// Largest mean of a term over the runs of so many windows, or over all of fewer.

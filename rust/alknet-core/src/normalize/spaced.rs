@@ -36,7 +36,7 @@ pub(super) fn join(text: &str) -> Option<Rewrite> {
         }
         if let Some(words) = spaced_words(text, &run) {
             rewrite.keep(text, done..run[0].start);
-            done = append_words(&mut rewrite, text, &words, run[0].start);
+            done = append_words(&mut rewrite, text, &words);
         }
         run.clear();
         match next {
@@ -150,19 +150,13 @@ fn reads_like_words(text: &str, words: &[&[Range<usize>]]) -> bool {
 }
 
 /// Appends the joined words; returns where the last one ends.
-fn append_words(
-    rewrite: &mut Rewrite,
-    text: &str,
-    words: &[&[Range<usize>]],
-    start: usize,
-) -> usize {
-    let mut done = start;
+fn append_words(rewrite: &mut Rewrite, text: &str, words: &[&[Range<usize>]]) -> usize {
+    let mut done = words[0][0].start;
     for (i, word) in words.iter().enumerate() {
-        let gap = done..word[0].start;
         let between_letters = if word.len() > 1 { &text[word[0].end..word[1].start] } else { "" };
-        match i {
-            0 => rewrite.keep(text, gap),
-            _ => rewrite.replace(&word_gap(&text[gap.clone()], between_letters), gap),
+        if i > 0 {
+            let gap = done..word[0].start;
+            rewrite.replace(&word_gap(&text[gap.clone()], between_letters), gap);
         }
         word.iter().for_each(|letter| rewrite.keep(text, letter.clone()));
         done = word[word.len() - 1].end;
