@@ -1,0 +1,156 @@
+"""How the shipped detector does on other people's texts, none of which took part in making it.
+
+In an environment with alknet-firewall, numpy and PyYAML::
+
+    python benches/outside.py [--known FOLDER ...] [--limit 300]
+
+Fetches some packages into ``target/outside`` (once, 40 MB; see `outside_texts`), screens at most
+``--limit`` texts of every collection and of every language, and prints two tables: what is caught
+of attacks, what alarms of ordinary text. Texts that begin like one of the JSON Lines files below
+``--known`` are left out: some of what the detector was calibrated with went round the world. The
+figures are kept in ``target/bench/outside.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from outside_texts import Text, outside_texts
+
+from alknet_firewall import Firewall, __version__
+
+Array = npt.NDArray[np.float64]
+
+# Collections of this name are told apart by language.
+MANUALS = "debian/"
+MANUAL_LIMIT = {"debian/paragraphs": 120, "debian/pages": 40}
+
+# Two texts that begin alike are the same for `--known`.
+BEGINNING = 150
+
+
+def beginnings(folders: Sequence[Path]) -> set[str]:
+    """How the texts below some folders begin."""
+    found = set()
+    for path in (path for folder in folders for path in folder.rglob("*.jsonl*")):
+        opened: Any = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as lines:
+            found |= {json.loads(line)["text"].strip()[:BEGINNING] for line in lines}
+    return found
+
+
+def sample(texts: Sequence[Text], known: set[str], limit: int) -> list[Text]:
+    """At most so many unknown texts of a collection, the same every time."""
+    groups: dict[tuple[str, bool, str], list[Text]] = defaultdict(list)
+    for text in sorted(texts, key=lambda text: hashlib.sha256(text.text.encode()).digest()):
+        if text.text.strip()[:BEGINNING] not in known:
+            groups[text.source, text.attack, text.lang].append(text)
+    return [
+        text
+        for (source, _, _), own in sorted(groups.items())
+        for text in own[: min(limit, MANUAL_LIMIT.get(source, limit))]
+    ]
+
+
+def p_values(firewall: Firewall, texts: Sequence[Text], *, told: bool) -> Array:
+    """Of every text, with its origin or without."""
+    found = np.empty(len(texts))
+    for origin in {text.origin if told else None for text in texts}:
+        own = [i for i, text in enumerate(texts) if not told or text.origin == origin]
+        for start in range(0, len(own), 128):
+            part = own[start : start + 128]
+            alarms = firewall.screen_batch([texts[i].text for i in part], origin=origin)
+            found[part] = [alarm.p_value for alarm in alarms]
+    return found
+
+
+def auroc(attacks: Array, ordinary: Array) -> float:
+    """Share of pairs in which the attack has the lower p-value."""
+    ranked = np.sort(ordinary)
+    above = len(ranked) - np.searchsorted(ranked, attacks, "right")
+    equal = np.searchsorted(ranked, attacks, "right") - np.searchsorted(ranked, attacks, "left")
+    return float((above + equal / 2).mean() / len(ranked))
+
+
+def summarise(texts: Sequence[Text], p: dict[str, Array]) -> dict[str, Any]:
+    """Shares by collection and by language, of the alarms without an origin and with it."""
+    source = np.array([text.source for text in texts])
+    attack = np.array([text.attack for text in texts])
+    lang = np.array([text.lang for text in texts])
+    english = ~attack & (lang == "en")
+
+    def shares(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        told = {f"suspicious_{name}": float((own[mask] <= 0.01).mean()) for name, own in p.items()}
+        unknown = p["unknown"][mask]
+        more = {"p05": float((unknown <= 0.05).mean()), "dangerous": float((unknown <= 1e-3).mean())}
+        return {"rows": int(mask.sum())} | told | more
+
+    def caught(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        against = {n: auroc(own[mask], own[english]) for n, own in p.items()}
+        return shares(mask) | {f"auroc_{name}": value for name, value in against.items()}
+
+    return {
+        "version": __version__,
+        "attacks": {s: caught(attack & (source == s)) for s in sorted(set(source[attack]))},
+        "ordinary": {s: shares(~attack & (source == s)) for s in sorted(set(source[~attack]))},
+        "languages": {
+            name: shares(~attack & (lang == name)) for name in sorted(set(lang[~attack]))
+        },
+        "all ordinary": shares(~attack),
+        "english ordinary": shares(english),
+    }
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    """What is printed."""
+    columns = ("rows", "suspicious_unknown", "suspicious_told", "dangerous", "p05")
+    attacks = report["attacks"]
+    keys = ("auroc_unknown", "auroc_told", *columns[1:])
+    mean = {key: float(np.mean([row[key] for row in attacks.values()])) for key in keys}
+    mean["rows"] = sum(row["rows"] for row in attacks.values())
+    yield "SUSPICIOUS without an origin, with it; DANGEROUS, p at most .05 without it (percent)"
+    yield f"\n{'attacks':34}  rows   AUROC  told    SUSP   told    DANG    .05"
+    for name, row in [*attacks.items(), ("mean", mean)]:
+        cells = "  ".join(f"{100 * row[key]:5.1f}" for key in columns[1:])
+        yield f"{name:34} {row['rows']:5}   {row['auroc_unknown']:.3f}  {row['auroc_told']:.3f}  {cells}"
+    ordinary = [*report["ordinary"].items(), ("all", report["all ordinary"])]
+    for title, rows in (("ordinary text", ordinary), ("language", report["languages"].items())):
+        yield f"\n{title:34}  rows                 SUSP   told    DANG    .05"
+        for name, row in rows:
+            cells = "  ".join(f"{100 * row[key]:5.1f}" for key in columns[1:])
+            yield f"{name:34} {row['rows']:5}                {cells}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--known", nargs="+", type=Path, default=[], help="folders of JSON Lines")
+    parser.add_argument("--limit", type=int, default=300, help="most texts of a collection")
+    parser.add_argument("--codebook", help="another one than the detector's own")
+    parser.add_argument("--out", type=Path, default=Path("target/bench/outside.json"))
+    options = parser.parse_args()
+    texts = outside_texts(Path("target/outside"))
+    texts = sample(texts, beginnings(options.known), options.limit)
+    firewall = Firewall(codebook_path=options.codebook)
+    report = summarise(
+        texts,
+        {
+            "unknown": p_values(firewall, texts, told=False),
+            "told": p_values(firewall, texts, told=True),
+        },
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1))
+    print(*table(report), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
