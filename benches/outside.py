@@ -24,15 +24,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from outside_texts import Text, outside_texts
-
 from alknet_firewall import Firewall, __version__
+from outside_texts import Text, outside_texts
 
 Array = npt.NDArray[np.float64]
 
 # Collections of this name are told apart by language.
 MANUALS = "debian/"
-MANUAL_LIMIT = {"debian/paragraphs": 120, "debian/pages": 40}
+MANUAL_LIMIT = {"debian/paragraphs": 120, "debian/pages": 20}
 
 # Two texts that begin alike are the same for `--known`.
 BEGINNING = 150
@@ -91,7 +90,10 @@ def summarise(texts: Sequence[Text], p: dict[str, Array]) -> dict[str, Any]:
     def shares(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
         told = {f"suspicious_{name}": float((own[mask] <= 0.01).mean()) for name, own in p.items()}
         unknown = p["unknown"][mask]
-        more = {"p05": float((unknown <= 0.05).mean()), "dangerous": float((unknown <= 1e-3).mean())}
+        more = {
+            "p05": float((unknown <= 0.05).mean()),
+            "dangerous": float((unknown <= 1e-3).mean()),
+        }
         return {"rows": int(mask.sum())} | told | more
 
     def caught(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
@@ -120,8 +122,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     yield "SUSPICIOUS without an origin, with it; DANGEROUS, p at most .05 without it (percent)"
     yield f"\n{'attacks':34}  rows   AUROC  told    SUSP   told    DANG    .05"
     for name, row in [*attacks.items(), ("mean", mean)]:
-        cells = "  ".join(f"{100 * row[key]:5.1f}" for key in columns[1:])
-        yield f"{name:34} {row['rows']:5}   {row['auroc_unknown']:.3f}  {row['auroc_told']:.3f}  {cells}"
+        cells = [f"{row[key]:.3f}" for key in ("auroc_unknown", "auroc_told")]
+        cells += [f"{100 * row[key]:5.1f}" for key in columns[1:]]
+        yield f"{name:34} {row['rows']:5}   {'  '.join(cells)}"
     ordinary = [*report["ordinary"].items(), ("all", report["all ordinary"])]
     for title, rows in (("ordinary text", ordinary), ("language", report["languages"].items())):
         yield f"\n{title:34}  rows                 SUSP   told    DANG    .05"

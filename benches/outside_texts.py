@@ -132,7 +132,7 @@ def outside_texts(folder: Path) -> list[Text]:
     return list(seen.values())
 
 
-# --- packages --------------------------------------------------------------------------------------
+# --- packages -------------------------------------------------------------------------------------
 
 
 def _wheel(name: str, sha256: str, folder: Path) -> Package:
@@ -174,7 +174,7 @@ def _checked(path: Path, sha256: str) -> bytes:
     return data
 
 
-# --- attacks ---------------------------------------------------------------------------------------
+# --- attacks --------------------------------------------------------------------------------------
 
 
 def _prompt_armor(packages: dict[str, Package]) -> Iterator[Text]:
@@ -277,7 +277,7 @@ def _holds_injection(place: str, name: str, text: str, indicators: str) -> bool:
     return place == "code_comment" and name.endswith(".py") and found
 
 
-# --- ordinary text ---------------------------------------------------------------------------------
+# --- ordinary text --------------------------------------------------------------------------------
 
 
 def _inspect_users(packages: dict[str, Package]) -> Iterator[Text]:
@@ -352,7 +352,9 @@ def _manuals(debs: list[Package]) -> list[Text]:
     texts = []
     for deb in debs:
         for name, content in deb.all(r"\.html$"):
-            place = re.search(r"/html/(\w\w)-\w\w/|/installation-guide-amd64/(\w\w)(?:_\w\w)?/", name)
+            place = re.search(
+                r"/html/(\w\w)-\w\w/|/installation-guide-amd64/(\w\w)(?:_\w\w)?/", name
+            )
             if place is None:
                 continue
             lang = place[1] or place[2]
@@ -366,7 +368,7 @@ def _manuals(debs: list[Package]) -> list[Text]:
                 if 40 <= len(paragraph) <= 700
             ]
             if len(whole) > 1200:
-                texts.append(Text("debian/pages", whole[:20000], False, "document", lang))
+                texts.append(Text("debian/pages", whole[:6000], False, "document", lang))
     return texts
 
 

@@ -37,7 +37,8 @@ from alknet_firewall.calibration.fit import (
 
 WIDTH = len(SITES) * HIDDEN_SIZE
 OPTIONS = FitOptions(n_components=5, rounds=2)
-TINY_LAYOUT = Layout(sites=SITES, max_tokens=1024, **LAYOUT)
+TINY_LAYOUT = Layout(sites=SITES, **LAYOUT)
+CLOSED_LAYOUT = dataclasses.replace(TINY_LAYOUT, closing=(7, 5))
 N_WINDOWS = 3
 
 
@@ -67,6 +68,22 @@ def made_up_corpus(
     starts = N_WINDOWS * np.arange(len(rows) + 1)
     n_tokens = rng.integers(4, 600, len(rows))
     return Corpus(rows, Windows(np.concatenate(windows).astype(np.float16), starts), n_tokens)
+
+
+def closed(corpus: Corpus, separation: float = 2.0) -> Corpus:
+    """The corpus with closing tokens whose mean lies elsewhere after attacks."""
+    closing = np.random.default_rng(9).standard_normal((len(corpus.rows), WIDTH))
+    closing[:, 2] += separation * corpus.attack
+    windows = dataclasses.replace(corpus.windows, closing=closing.astype(np.float16))
+    return dataclasses.replace(corpus, windows=windows)
+
+
+def part_of(corpus: Corpus, texts: np.ndarray) -> Corpus:
+    """Some texts of a corpus."""
+    whole = corpus.windows
+    closing = None if whole.closing is None else whole.closing[texts]
+    windows = Windows(whole.x[whole.rows(texts)], N_WINDOWS * np.arange(len(texts) + 1), closing)
+    return Corpus([corpus.rows[t] for t in texts], windows, corpus.n_tokens[texts])
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +167,16 @@ class TestOtherLanguages:
         every = np.arange(len(corpus.rows))
         largest = np.max([own[d] + scorer.bias[d] for d in range(2)], axis=0)
         np.testing.assert_allclose(scorer.largest(corpus.windows, every), largest, rtol=1e-6)
+
+    def test_closing_tokens_count_besides_the_windows(self, corpus):
+        scorer, every = self.scorer(closed(corpus)), np.arange(len(corpus.rows))
+        assert scorer.weights.shape[0] == 4
+        scores = scorer.largest(closed(corpus).windows, every)
+        other = closed(corpus)
+        other.windows.closing[every[::2], 2] += np.float16(3)
+        raised = scorer.largest(other.windows, every)
+        assert (raised[::2] > scores[::2]).all()
+        np.testing.assert_array_equal(raised[1::2], scores[1::2])
 
     @pytest.mark.parametrize("lang", ["", "en"])
     def test_english_text_has_one_direction(self, lang):
@@ -284,7 +311,9 @@ class TestNull:
 @pytest.fixture(scope="module")
 def compiled(corpus, tiny_folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("compiled") / "codebook.safetensors"
-    codebook.compile_codebook(corpus, tiny_folder, out, layout=TINY_LAYOUT, options=OPTIONS)
+    codebook.compile_codebook(
+        closed(corpus), tiny_folder, out, layout=CLOSED_LAYOUT, options=OPTIONS
+    )
     return out
 
 
@@ -293,7 +322,8 @@ class TestCompile:
         metadata = _core.inspect_codebook(str(compiled))
         assert metadata["detector"] == "tiny"
         assert metadata["sites"] == ",".join(SITES)
-        assert metadata["n_components"] == "5"
+        assert metadata["n_components"] == "6"
+        assert json.loads(metadata["closing"]) == [7, 5]
         calibration = json.loads(metadata["calibration"])
         assert calibration["rows"] == len(corpus.rows)
         assert calibration["sha256"] == sha256_of(corpus.rows)
@@ -307,14 +337,18 @@ class TestCompile:
     def test_the_same_corpus_gives_the_same_bytes(self, compiled, tiny_folder, tmp_path):
         again = tmp_path / "again.safetensors"
         codebook.compile_codebook(
-            made_up_corpus(), tiny_folder, again, layout=TINY_LAYOUT, options=OPTIONS
+            closed(made_up_corpus()), tiny_folder, again, layout=CLOSED_LAYOUT, options=OPTIONS
         )
         assert again.read_bytes() == compiled.read_bytes()
 
     def test_another_corpus_gives_others(self, compiled, tiny_folder, tmp_path):
         other = tmp_path / "other.safetensors"
         codebook.compile_codebook(
-            made_up_corpus(seed=1), tiny_folder, other, layout=TINY_LAYOUT, options=OPTIONS
+            closed(made_up_corpus(seed=1)),
+            tiny_folder,
+            other,
+            layout=CLOSED_LAYOUT,
+            options=OPTIONS,
         )
         assert other.read_bytes() != compiled.read_bytes()
 
@@ -324,10 +358,12 @@ class TestCompile:
 
         tensors, metadata = load_file(compiled), _core.inspect_codebook(str(compiled))
         reader = _core.Reader(str(tiny_folder), list(SITES))
-        (x,) = reader.window_means([text], max_tokens=64, **LAYOUT)
+        (x,) = reader.window_means([text], window=8, stride=4, max_tokens=64, closing=[7, 5])
         z = (x - tensors["mean"]) @ tensors["components"].T
-        terms = z @ tensors["direction_weights"][:, 0].T
-        (largest,) = pool(terms, np.array([len(x)]), json.loads(metadata["scales"]))
+        *terms, closing = tensors["direction_weights"][:, 0] @ z.T
+        pooled = pool(np.stack(terms, axis=1)[:-1], np.array([len(x) - 1]), (1, 3, 7))
+        assert json.loads(metadata["scales"]) == [1, 3, 7]
+        largest = pooled[0] + closing[-1]
         length = null.length_class(np.array([reader.count_tokens(text)]))[0]
         unknown = ORIGINS.index(None)
         knots, values = (tensors[f"null_{part}"][unknown, length] for part in ("knots", "values"))
@@ -356,12 +392,7 @@ class TestCompile:
 
         out = tmp_path / "mine.safetensors"
         ordinary = np.flatnonzero(~corpus.attack)
-        windows = Windows(
-            corpus.windows.x[corpus.windows.rows(ordinary)],
-            N_WINDOWS * np.arange(len(ordinary) + 1),
-        )
-        rows = [corpus.rows[t] for t in ordinary]
-        mine = Corpus(rows, windows, corpus.n_tokens[ordinary])
+        mine = part_of(closed(corpus), ordinary)
         codebook.recalibrate(compiled, mine, out)
         before, after = load_file(compiled), load_file(out)
         changed = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -369,7 +400,7 @@ class TestCompile:
         assert changed <= {"null_knots", "null_values", "novelty_knots", "novelty_values"}
         assert "null_knots" in changed
         metadata = _core.inspect_codebook(str(out))
-        assert json.loads(metadata["null_calibration"])["rows"] == len(rows)
+        assert json.loads(metadata["null_calibration"])["rows"] == len(ordinary)
 
     def test_recalibrating_needs_enough_text(self, compiled, corpus, tmp_path):
         few = dataclasses.replace(corpus, rows=corpus.rows[:299])
@@ -492,11 +523,7 @@ class TestEvaluate:
     def test_what_cannot_be_computed_is_none(self, corpus):
         """Three texts of a fold are not enough to judge it."""
         few = [t for t, row in enumerate(corpus.rows) if not row.attack or t % 80 < 3]
-        windows = Windows(
-            corpus.windows.x[corpus.windows.rows(np.array(few))],
-            N_WINDOWS * np.arange(len(few) + 1),
-        )
-        small = Corpus([corpus.rows[t] for t in few], windows, corpus.n_tokens[few])
+        small = part_of(corpus, np.array(few))
         report = evaluate(small, OPTIONS, detector="tiny")
         assert report["folds"] == report["roc"] == []
         assert report["mean_auroc"] is report["worst_auroc"] is None
@@ -657,12 +684,25 @@ class TestActivations:
     def test_windows_are_those_of_the_engine(self, reader, tmp_path):
         store = self.windows(reader, tmp_path)
         assert len(store.starts) == len(TEXTS) + 1
-        options = {**LAYOUT, "max_tokens": 1024}
+        options = {"window": 8, "stride": 4, "max_tokens": 64}
         for text in (0, 5, 20, len(TEXTS) - 1):
             (expected,) = reader.window_means([TEXTS[text]], **options)
             own = store.data[store.starts[text] : store.starts[text + 1]]
             np.testing.assert_allclose(own, expected, rtol=2e-3, atol=2e-3)
-            assert store.n_tokens[text] == reader.count_tokens(TEXTS[text])
+            assert store.n_tokens[text] == min(reader.count_tokens(TEXTS[text]), 64)
+        assert store.closing is None
+
+    def test_closing_tokens_are_read_after_every_text(self, reader, tmp_path):
+        store = read_windows(TEXTS, reader, CLOSED_LAYOUT, key="key", cache=tmp_path)
+        open_store = self.windows(reader, tmp_path)
+        np.testing.assert_array_equal(store.starts, open_store.starts)
+        np.testing.assert_array_equal(store.n_tokens, open_store.n_tokens)
+        np.testing.assert_allclose(store.data, open_store.data, rtol=2e-3, atol=2e-3)
+        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": [7, 5]}
+        for text in (0, 5, len(TEXTS) - 1):
+            (expected,) = reader.window_means([TEXTS[text]], **options)
+            np.testing.assert_allclose(store.closing[text], expected[-1], rtol=2e-3, atol=2e-3)
+        assert store.closing.shape == (len(TEXTS), store.data.shape[1])
 
     def test_what_was_read_is_not_read_again(self, reader, tmp_path):
         first = self.windows(reader, tmp_path)

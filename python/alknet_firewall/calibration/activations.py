@@ -33,7 +33,8 @@ class Layout:
     stride: int = 4
     segment_tokens: int = 1024
     segment_overlap: int = 256
-    max_tokens: int = 1024
+    # Tokens that are read after every piece; they gather what it says.
+    closing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,14 @@ class WindowStore:
         Int64 ``(n_texts + 1,)``: text ``i`` owns rows ``starts[i]`` to ``starts[i + 1]``.
     n_tokens : ndarray
         Int64 ``(n_texts,)``.
+    closing : ndarray, optional
+        Float16 ``(n_texts, n_sites * hidden_size)``: means of the closing tokens after every text.
     """
 
     data: npt.NDArray[np.float16]
     starts: npt.NDArray[np.int64]
     n_tokens: npt.NDArray[np.int64]
+    closing: npt.NDArray[np.float16] | None
 
 
 def read_windows(
@@ -64,8 +68,9 @@ def read_windows(
     cache: Path,
     progress: Progress | None = None,
 ) -> WindowStore:
-    """Window means of every text, from the cache where it has them; every token counts alike: its
-    activations are brought to a root mean square of 1 per site.
+    """Window means of the first segment of every text, from the cache where it has them.
+
+    Every token counts alike: its activations are brought to a root mean square of 1 per site.
 
     The cache is a growing file per (detector, arithmetic, layout); texts already in it, from any
     corpus, are not read again. One process at a time reads into it; others wait.
@@ -116,15 +121,14 @@ def _read_into(
             [text for _, text in batch],
             window=layout.window,
             stride=layout.stride,
-            segment_tokens=layout.segment_tokens,
-            segment_overlap=layout.segment_overlap,
-            max_tokens=layout.max_tokens,
+            max_tokens=layout.segment_tokens,
+            closing=list(layout.closing),
         )
-        tokens = [min(reader.count_tokens(text), layout.max_tokens) for _, text in batch]
+        tokens = [min(reader.count_tokens(text), layout.segment_tokens) for _, text in batch]
         index.append([digest for digest, _ in batch], means, tokens)
         if progress:
             progress("activations", min(start + _BATCH, len(missing)), len(missing))
-    return index.store(digests)
+    return index.store(digests, closed=bool(layout.closing))
 
 
 class _Index:
@@ -175,11 +179,14 @@ class _Index:
         with self._journal.open("a") as journal:
             journal.writelines(lines)
 
-    def store(self, digests: list[str]) -> WindowStore:
+    def store(self, digests: list[str], *, closed: bool) -> WindowStore:
+        """The rows of some texts; the last one of each is that of the closing tokens, if any."""
         shape = (self._rows, self._width)
         data = np.memmap(self._data, dtype="<f2", mode="r", shape=shape)
         spans = np.array([self.entries[digest][:2] for digest in digests], dtype=np.int64)
+        closing = data[spans[:, 1] - 1] if closed else None
+        spans[:, 1] -= closed
         order = np.concatenate([np.arange(a, b) for a, b in spans]) if len(spans) else np.empty(0)
         starts = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])]).astype(np.int64)
         n_tokens = np.array([self.entries[digest][2] for digest in digests], dtype=np.int64)
-        return WindowStore(data[order.astype(np.int64)], starts, n_tokens)
+        return WindowStore(data[order.astype(np.int64)], starts, n_tokens, closing)

@@ -19,7 +19,7 @@ from ..errors import InputError
 from .activations import Layout
 from .corpus import Row, sha256_of
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
-from .fit import FitOptions, Scorer, fit_scorer, largest_logits, project
+from .fit import FitOptions, Scorer, fit_scorer, largest_logits, project, project_closing
 from .null import LENGTH_CLASSES, component_cdf
 
 Array = npt.NDArray[np.float64]
@@ -91,6 +91,7 @@ def compile_codebook(
         "window": str(layout.window),
         "stride": str(layout.stride),
         "scales": json.dumps(options.scales),
+        "closing": json.dumps(layout.closing),
         "segment_tokens": str(layout.segment_tokens),
         "segment_overlap": str(layout.segment_overlap),
         "length_classes": json.dumps(LENGTH_CLASSES),
@@ -264,7 +265,9 @@ def _statistics(
     lengths = np.diff(corpus.windows.starts)
     own = [d for d, info in enumerate(directions) if info["scored"] and is_read(info)]
     weights, bias = tensors["direction_weights"][:, own], tensors["direction_bias"][own]
-    return largest_logits(z, lengths, weights, bias, scales)
+    every = np.arange(len(corpus.rows))
+    closing = project_closing(tensors["mean"], tensors["components"], corpus.windows, every)
+    return largest_logits(z, lengths, weights, bias, scales, closing)
 
 
 def _largest(corpus: Corpus, of_window: Array) -> Array:

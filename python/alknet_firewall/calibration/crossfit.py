@@ -25,6 +25,9 @@ ORIGINS: tuple[str | None, ...] = ("user", "document", None)
 
 _AUTHORED_FOLDS = 3
 
+# In place of a number of windows.
+_CLOSING = 0
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -58,16 +61,19 @@ class Corpus:
         return Labels(self.attack, groups, documents, foreign, apart)
 
     def scales(self, options: FitOptions) -> list[Windows]:
-        """Runs of windows at every scale; made once."""
-        return [self._scale(n)[0] for n in options.scales]
+        """What the models read: runs at every scale, and the closing tokens; made once."""
+        return [self._scale(n)[0] for n in self._readings(options)]
 
     def moments(self, options: FitOptions) -> list[dict[Group, Moments]]:
-        """Moments of every group at every scale; made once."""
-        return [self._scale(n)[1] for n in options.scales]
+        """Moments of every group in each of `scales`; made once."""
+        return [self._scale(n)[1] for n in self._readings(options)]
+
+    def _readings(self, options: FitOptions) -> list[int]:
+        return [*options.scales, *([] if self.windows.closing is None else [_CLOSING])]
 
     def _scale(self, n: int) -> tuple[Windows, dict[Group, Moments]]:
         if n not in self._made:
-            runs = self.windows.runs(n)
+            runs = self.windows.closings() if n == _CLOSING else self.windows.runs(n)
             every = np.arange(len(self.rows))
             self._made[n] = runs, group_moments(runs, self.labels, every)
         return self._made[n]

@@ -14,6 +14,9 @@ positive window; the right singular vectors of these rows, each scaled by its si
 ridge logistic regression on the projections, classes balanced, sources weighing 1/√n, so that a
 vector on which few groups agree takes part little; (6) again from (2).
 
+Tokens that are read after a text gather what all of it says. Their mean is read by a model made in
+the same way, of one row a text, whose log-odds are added to those of every frame.
+
 Groups of public documents weigh more in (1) and (3): they are few, no two are alike, and what reads
 like an order to a model must stand out from them.
 
@@ -70,6 +73,8 @@ class FitOptions:
     # Consecutive windows, rising from 1, of whose means a model is fitted; how much each counts.
     scales: tuple[int, ...] = (1, 3, 7)
     scale_weights: tuple[float, ...] = (0.5, 0.25, 0.25)
+    # How much the model of the closing tokens counts, where there are any.
+    closing_weight: float = 0.2
     # Rows of the projection, one a model at least; the scored directions are exact with any number.
     n_components: int = 16
     shrinkage: float = 0.3
@@ -135,10 +140,13 @@ class Windows:
         ``(n_windows, width)``, any float type.
     starts : ndarray
         ``(n_texts + 1,)``: text ``i`` owns rows ``starts[i]`` to ``starts[i + 1]``.
+    closing : ndarray, optional
+        ``(n_texts, width)``: means of the tokens that are read after every text.
     """
 
     x: npt.NDArray[Any]
     starts: Ints
+    closing: npt.NDArray[Any] | None = None
 
     def rows(self, texts: npt.NDArray[Any]) -> Ints:
         """Window rows of some texts, text by text."""
@@ -148,6 +156,11 @@ class Windows:
     def blocks(self, rows: Ints, size: int) -> Iterator[npt.NDArray[Any]]:
         """Some rows, so many at a time: a copy of all at once may not fit in memory."""
         return (self.x[rows[start : start + size]] for start in range(0, len(rows), size))
+
+    def closings(self) -> Windows:
+        """The means of the closing tokens as windows, one a text."""
+        assert self.closing is not None
+        return Windows(self.closing, np.arange(len(self.closing) + 1))
 
     def runs(self, n: int) -> Windows:
         """Means of every ``n`` consecutive windows; a text of fewer is one run."""
@@ -226,7 +239,7 @@ class Scorer:
     """The scored directions of frames, with ``z = components @ (x − mean)`` of their windows.
 
     ``logit[d] = Σ_s max_r mean_{w in r}(weights[s, d] · z_w) + bias[d]``, ``r`` its runs of scale
-    ``s``.
+    ``s``; where there are closing tokens, with ``weights[-1, d] · z`` of their mean besides.
 
     Attributes
     ----------
@@ -235,7 +248,7 @@ class Scorer:
     components : ndarray
         ``(n_components, width)``, whitening folded in; each row's largest entry is positive.
     weights : ndarray
-        ``(n_scales, n_directions, n_components)``.
+        ``(n_scales (+ 1), n_directions, n_components)``.
     bias : ndarray
         ``(n_directions,)``.
     scales : tuple of int
@@ -252,16 +265,34 @@ class Scorer:
         """Largest logit of some texts, ``(len(texts),)``."""
         z = project(self.mean, self.components, windows, windows.rows(texts))
         lengths = np.diff(windows.starts)[texts]
-        return largest_logits(z, lengths, self.weights, self.bias, self.scales)
+        closing = project_closing(self.mean, self.components, windows, texts)
+        return largest_logits(z, lengths, self.weights, self.bias, self.scales, closing)
 
 
 def largest_logits(
-    z: Array, lengths: Ints, weights: Array, bias: Array, scales: Sequence[int]
+    z: Array,
+    lengths: Ints,
+    weights: Array,
+    bias: Array,
+    scales: Sequence[int],
+    closing: Array | None,
 ) -> Array:
     """Largest log-odds over the frames of every text and some directions, see `Scorer`."""
-    directions = zip(weights.swapaxes(0, 1), bias, strict=True)
-    largest: Array = np.max([pool(z @ w.T, lengths, scales) + b for w, b in directions], axis=0)
-    return largest
+    directions = weights[: len(scales)].swapaxes(0, 1)
+    largest = np.stack([pool(z @ w.T, lengths, scales) for w in directions], axis=1) + bias
+    if closing is not None:
+        largest += closing @ weights[-1].T
+    result: Array = largest.max(axis=1)
+    return result
+
+
+def project_closing(
+    mean: Array, components: Array, windows: Windows, texts: npt.NDArray[Any]
+) -> Array | None:
+    """Projections ``(len(texts), n_components)`` of the closing tokens of some texts, if any."""
+    if windows.closing is None:
+        return None
+    return project(mean, components, windows.closings(), texts)
 
 
 def project(mean: Array, components: Array, windows: Windows, rows: Ints) -> Array:
@@ -320,7 +351,7 @@ def fit_scorer(
     Parameters
     ----------
     scales : sequence of Windows
-        `Windows.runs` of every scale.
+        `Windows.runs` of every scale, and `Windows.closings` where there are closing tokens.
     moments : sequence of dict
         Of each scale, `group_moments` of every group among ``texts``.
     """
@@ -335,39 +366,44 @@ def fit_scorer(
         for n, share in zip(options.foreign_scales, options.foreign_scale_weights, strict=True):
             s = options.scales.index(n)
             model = _fit_foreign(scales[s], labels, texts, options)
-            foreign.append(_Part(1, s, options.foreign_slope * share, model))
+            foreign.append(_Part(slice(1, 2), s, options.foreign_slope * share, model))
     texts = texts[~labels.apart[texts]]
     leading = max(options.n_components - len(scales) - len(foreign) + 1, 1)
     sizes = [leading, *[1] * (len(scales) - 1)]
-    main = [
-        _Part(0, s, share, _fit(scales[s], labels, texts, replace(options, n_components=n), own))
-        for s, (n, own, share) in enumerate(zip(sizes, moments, options.scale_weights, strict=True))
-    ]
-    return _together([*main, *foreign], options)
+    # The closing tokens count for attacks in any language.
+    places = [(slice(1), share) for share in options.scale_weights]
+    places.append((slice(None), options.closing_weight))
+    main = []
+    for s, ((directions, share), n, own) in enumerate(zip(places, sizes, moments, strict=False)):
+        model = _fit(scales[s], labels, texts, replace(options, n_components=n), own)
+        main.append(_Part(directions, s, share, model))
+    return _together([*main, *foreign], len(scales), options)
 
 
 class _Part(NamedTuple):
-    """What a model adds to a direction."""
+    """What a model adds to one direction or to all."""
 
-    direction: int
+    directions: slice
     scale: int
     share: float
     model: _Directions
 
 
-def _together(parts: Sequence[_Part], options: FitOptions) -> Scorer:
+def _together(parts: Sequence[_Part], n_scales: int, options: FitOptions) -> Scorer:
     """One scorer of the models of every direction."""
     mean = parts[0].model.mean
     components = np.concatenate([part.model.components for part in parts])
-    bias = np.zeros(parts[-1].direction + 1)
+    bias = np.zeros(max(part.directions.stop or 1 for part in parts))
     bias[1:] = options.foreign_shift
-    weights = np.zeros((len(options.scales), len(bias), len(components)))
+    weights = np.zeros((n_scales, len(bias), len(components)))
     end = 0
-    for d, s, share, model in parts:
+    for directions, s, share, model in parts:
         start, end = end, end + len(model.components)
-        weights[s, d, start:end] = share * model.weights
+        weights[s, directions, start:end] = share * model.weights
         # Every model is about a mean of its own.
-        bias[d] += share * (model.bias + model.weights @ model.components @ (mean - model.mean))
+        bias[directions] += share * (
+            model.bias + model.weights @ model.components @ (mean - model.mean)
+        )
     return Scorer(mean, components, weights, bias, options.scales)
 
 

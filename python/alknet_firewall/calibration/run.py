@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,15 @@ from .crossfit import Corpus
 from .evaluate import evaluate
 from .fit import FitOptions, Windows
 
-__all__ = ["calibrate", "calibrate_null", "evaluate_recipe", "load_corpus"]
+__all__ = ["calibrate", "calibrate_null", "default_layout", "evaluate_recipe", "load_corpus"]
+
+# Ends the turn that a text is.
+CLOSING = "<|im_end|>"
+
+
+def default_layout(detector: Path) -> Layout:
+    """The layout of a codebook for a detector folder's model."""
+    return Layout(closing=tuple(_core.token_ids(str(detector), CLOSING)))
 
 
 def load_corpus(
@@ -68,7 +77,7 @@ def load_corpus(
     readable = store.n_tokens > 0
     if not readable.all():
         raise InputError("a row of the corpus holds no token")
-    return Corpus(rows, Windows(store.data, store.starts), store.n_tokens)
+    return Corpus(rows, Windows(store.data, store.starts, store.closing), store.n_tokens)
 
 
 def calibrate(
@@ -82,7 +91,7 @@ def calibrate(
     **corpus_options: Any,
 ) -> Path:
     """Compile a codebook for a detector folder, by default into it; returns where it is."""
-    layout, options = layout or Layout(), options or FitOptions()
+    layout, options = layout or default_layout(detector), options or FitOptions()
     corpus = load_corpus(detector, paths, layout, progress=progress, **corpus_options)
     target = out or detector / CODEBOOK
     compile_codebook(corpus, detector, target, layout=layout, options=options, progress=progress)
@@ -104,7 +113,8 @@ def calibrate_null(
     numbers = {
         n: int(metadata[n]) for n in ("window", "stride", "segment_tokens", "segment_overlap")
     }
-    layout = replace(Layout(), sites=tuple(metadata["sites"].split(",")), **numbers)
+    sites, closing = metadata["sites"].split(","), json.loads(metadata.get("closing", "[]"))
+    layout = replace(Layout(), sites=tuple(sites), closing=tuple(closing), **numbers)
     corpus = load_corpus(
         detector, paths, layout, authored=False, progress=progress, **corpus_options
     )
@@ -133,7 +143,7 @@ def evaluate_recipe(
     codebook : Path, optional
         The codebook that these are measured with; by default the detector's own.
     """
-    layout, options = layout or Layout(), options or FitOptions()
+    layout, options = layout or default_layout(detector), options or FitOptions()
     # Loaded first, so that a detector without a usable codebook fails before the work begins.
     firewall = _default_firewall(detector, codebook) if compiled else None
     corpus = load_corpus(detector, paths, layout, progress=progress, **corpus_options)

@@ -121,10 +121,10 @@ impl Firewall {
                 backend.hidden_size()
             )));
         }
-        if codebook.segment_tokens > reader.max_tokens() {
+        let most = codebook.segment_tokens + codebook.closing.len();
+        if most > reader.max_tokens() {
             return Err(Error::Codebook(format!(
-                "segments of {} tokens, the model reads {} at once",
-                codebook.segment_tokens,
+                "segments of {most} tokens, the model reads {} at once",
                 reader.max_tokens()
             )));
         }
@@ -242,11 +242,14 @@ impl Firewall {
         Ok(())
     }
 
-    /// Runs the engine over some pieces.
+    /// Runs the engine over some pieces, each with the closing tokens after it.
     fn project(&self, input_ids: &[&[TokenId]]) -> Result<Vec<Projections>> {
+        let closing = &self.codebook.closing[..];
+        let closed: Vec<_> = input_ids.iter().map(|ids| [ids, closing].concat()).collect();
+        let input_ids: Vec<_> = closed.iter().map(Vec::as_slice).collect();
         let seq_lens: Vec<_> = input_ids.iter().map(|ids| ids.len()).collect();
         let projector = Projector::new(&self.codebook, &seq_lens);
-        self.reader.read(input_ids, &projector)?;
+        self.reader.read(&input_ids, &projector)?;
         Ok(projector.into_sequences())
     }
 

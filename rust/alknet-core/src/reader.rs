@@ -166,73 +166,77 @@ impl Reader {
     }
 
     /// Mean activations, each token's at root mean square 1 per site, of every window of several texts,
-    /// for calibration: per text, `[n_windows, n_sites · hidden_size]`, the windows of its segments one
-    /// after the other.
+    /// for calibration: per text, `[n_windows, n_sites · hidden_size]`, and where there are closing tokens
+    /// a row more, their mean.
     ///
     /// # Errors
-    /// [`Error::Config`] for a layout whose sizes contradict each other, and as [`Backend::forward`].
-    pub fn window_means(&self, texts: &[&str], layout: &WindowLayout) -> Result<Vec<Vec<f32>>> {
+    /// [`Error::Config`] for a layout that leaves tokens out, and as [`Backend::forward`].
+    pub fn window_means(
+        &self,
+        texts: &[&str],
+        layout: &WindowLayout,
+        closing: &[TokenId],
+    ) -> Result<Vec<Vec<f32>>> {
         layout.check()?;
-        let encode = |text: &&str| self.tokenizer.encode(text).map(|encoding| encoding.input_ids);
-        let input_ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
-        let mut means = vec![Vec::new(); texts.len()];
-        let mut pieces: Vec<(usize, Range<usize>)> = Vec::new();
-        for (t, ids) in input_ids.iter().enumerate() {
-            let n = ids.len().min(layout.max_tokens);
-            let ranges = segments(n, layout.segment_tokens, layout.segment_overlap);
-            pieces.extend(ranges.into_iter().map(|range| (t, range)));
-        }
-        let (n_sites, hidden) = (self.backend.sites().len(), self.backend.hidden_size());
-        let width = n_sites * hidden;
-        for pass in passes(&pieces, |(_, range)| range.len()) {
-            let ids: Vec<_> = pass.iter().map(|(t, range)| &input_ids[*t][range.clone()]).collect();
-            let seq_lens: Vec<_> = ids.iter().map(|ids| ids.len()).collect();
+        let encode = |text: &&str| -> Result<Vec<TokenId>> {
+            let mut input_ids = self.tokenizer.encode(text)?.input_ids;
+            input_ids.truncate(layout.max_tokens);
+            input_ids.extend(closing);
+            Ok(input_ids)
+        };
+        let pieces = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
+        let mut means = Vec::with_capacity(pieces.len());
+        for pass in passes(&pieces, Vec::len) {
+            let seq_lens: Vec<_> = pass.iter().map(Vec::len).collect();
+            let (n_sites, hidden) = (self.backend.sites().len(), self.backend.hidden_size());
             let capture = Capture::new(&seq_lens, n_sites, hidden);
-            self.read(&ids, &capture)?;
-            for ((t, _), mut activations) in pass.iter().zip(capture.into_sequences()) {
-                for row in activations.data.chunks_exact_mut(hidden) {
-                    let scale = inverse_rms(row);
-                    row.iter_mut().for_each(|h| *h *= scale);
-                }
-                for range in window::ranges(activations.seq_len, layout.window, layout.stride) {
-                    let start = means[*t].len();
-                    means[*t].resize(start + width, 0.0);
-                    window::mean(&activations.data, width, range, &mut means[*t][start..]);
-                }
+            self.read(&pass.iter().map(Vec::as_slice).collect::<Vec<_>>(), &capture)?;
+            for activations in capture.into_sequences() {
+                means.push(rows_of(activations, layout, closing.len()));
             }
         }
         Ok(means)
     }
 }
 
-/// How texts are cut into segments and windows, in tokens.
+/// Means of the windows of one text, and of the closing tokens after it.
+fn rows_of(mut activations: Activations, layout: &WindowLayout, n_closing: usize) -> Vec<f32> {
+    for row in activations.data.chunks_exact_mut(activations.hidden_size) {
+        let scale = inverse_rms(row);
+        row.iter_mut().for_each(|h| *h *= scale);
+    }
+    let width = activations.n_sites * activations.hidden_size;
+    let n_tokens = activations.seq_len - n_closing;
+    let windows = window::ranges(n_tokens, layout.window, layout.stride);
+    let closing = (n_closing > 0).then_some(n_tokens..activations.seq_len);
+    let mut rows = Vec::new();
+    for range in windows.chain(closing) {
+        let start = rows.len();
+        rows.resize(start + width, 0.0);
+        window::mean(&activations.data, width, range, &mut rows[start..]);
+    }
+    rows
+}
+
+/// How texts are cut into windows, in tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct WindowLayout {
     /// Tokens of a window.
     pub window: usize,
     /// Tokens between the starts of windows.
     pub stride: usize,
-    /// Most tokens of a segment.
-    pub segment_tokens: usize,
-    /// Tokens that neighbouring segments share.
-    pub segment_overlap: usize,
-    /// Most tokens of a text that are read.
+    /// Most tokens of a text that are read, in one piece.
     pub max_tokens: usize,
 }
 
 impl WindowLayout {
-    /// Refuses sizes by which no text can be cut, or not without leaving tokens out.
+    /// Refuses sizes by which a text cannot be cut without leaving tokens out.
     fn check(&self) -> Result<()> {
-        let Self { window, stride, segment_tokens, segment_overlap, .. } = *self;
-        let every_token = (1..=window).contains(&stride) && segment_overlap < segment_tokens;
-        if every_token && window <= segment_tokens {
+        let Self { window, stride, .. } = *self;
+        if (1..=window).contains(&stride) {
             return Ok(());
         }
-        Err(Error::Config(format!(
-            "window {window}, stride {stride}, segment_tokens {segment_tokens}, segment_overlap \
-             {segment_overlap}: stride must be 1 to window, and window at most segment_tokens, which \
-             must be more than segment_overlap"
-        )))
+        Err(Error::Config(format!("window {window}, stride {stride}: stride must be 1 to window")))
     }
 }
 
@@ -311,17 +315,11 @@ mod tests {
     }
 
     #[test]
-    fn layouts_that_cannot_cut_a_text_are_refused() {
-        let check = |[window, stride, segment_tokens, segment_overlap]: [usize; 4]| {
-            let max_tokens = 100;
-            WindowLayout { window, stride, segment_tokens, segment_overlap, max_tokens }.check()
-        };
-        assert!(check([8, 4, 64, 16]).is_ok() && check([8, 8, 8, 7]).is_ok());
-        for sizes in
-            [[0, 0, 9, 1], [8, 0, 9, 1], [8, 9, 9, 1], [8, 4, 7, 1], [8, 4, 8, 8], [8, 4, 8, 9]]
-        {
-            assert!(matches!(check(sizes), Err(Error::Config(_))), "{sizes:?}");
-        }
+    fn layouts_that_leave_tokens_out_are_refused() {
+        let check =
+            |window, stride| WindowLayout { window, stride, max_tokens: 100 }.check().is_ok();
+        assert!(check(8, 4) && check(8, 8) && check(1, 1));
+        assert!(!check(0, 0) && !check(8, 0) && !check(8, 9));
     }
 
     proptest! {

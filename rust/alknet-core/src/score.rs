@@ -2,7 +2,8 @@
 //!
 //! Windows are judged in frames of a few consecutive ones. The log-odds of a direction in a frame are
 //! a constant and a term of every scale: of the frame's runs of so many windows, the one with the
-//! largest mean counts. An order of few words shows in a window, a longer one in a longer run. Per
+//! largest mean counts. An order of few words shows in a window, a longer one in a longer run. Tokens
+//! that close the piece gather what all of it says: their mean adds a term to every frame. Per
 //! origin, a frame's statistic is its largest log-odds over its scored directions, and the piece's
 //! statistic is its largest frame; the benign null of that maximum, for the length class, turns it
 //! into `x = −log₁₀ p`. Novelty is the same with the mean tail depth of the components in the deepest
@@ -35,7 +36,7 @@ pub struct FrameScore {
 /// What one window adds to its frames.
 struct Window {
     tokens: Range<usize>,
-    /// `[n_scales, n_directions]`, see [`Codebook::terms`].
+    /// By scale and direction, see [`Codebook::terms`].
     terms: Vec<f64>,
     depth: f64,
 }
@@ -43,14 +44,15 @@ struct Window {
 /// Scores every frame of one piece; a piece of fewer windows than a frame has is one frame.
 ///
 /// # Shapes
-/// - `projections`: `[n_tokens, n_components]`
+/// - `projections`: `[n_tokens + n_closing, n_components]`, the closing tokens last
 ///
 /// # Errors
 /// [`Error::Inference`] when any number is not finite: such a piece has no verdict.
 pub fn frames(codebook: &Codebook, projections: &[f32]) -> Result<Vec<FrameScore>> {
     let k = codebook.n_components();
-    let n_tokens = projections.len() / k;
+    let n_tokens = (projections.len() / k).saturating_sub(codebook.closing.len());
     let class = codebook.length_class(n_tokens);
+    let constants = constants(codebook, &projections[n_tokens * k..]);
     let mut z = vec![0.0; k];
     let windows: Vec<Window> = window::ranges(n_tokens, codebook.window, codebook.stride)
         .map(|tokens| {
@@ -59,7 +61,21 @@ pub fn frames(codebook: &Codebook, projections: &[f32]) -> Result<Vec<FrameScore
         })
         .collect();
     let len = codebook.scales.last().map_or(1, |frame| (*frame).min(windows.len()).max(1));
-    windows.windows(len).map(|windows| score(codebook, class, windows)).collect()
+    windows.windows(len).map(|windows| score(codebook, class, &constants, windows)).collect()
+}
+
+/// What all frames of a piece have in common: of every direction the constant, and what the closing
+/// tokens, `[n_closing, n_components]`, add.
+fn constants(codebook: &Codebook, closing: &[f32]) -> Vec<f64> {
+    let biases = (0..codebook.directions.len()).map(|d| codebook.bias(d));
+    if codebook.closing.is_empty() {
+        return biases.collect();
+    }
+    let mut z = vec![0.0; codebook.n_components()];
+    window::mean(closing, z.len(), 0..codebook.closing.len(), &mut z);
+    let terms = codebook.terms(&z);
+    let own = &terms[codebook.scales.len() * codebook.directions.len()..];
+    biases.zip(own).map(|(bias, term)| bias + term).collect()
 }
 
 /// Reads one window from its mean projections `z`, `[n_components]`.
@@ -69,12 +85,17 @@ fn read(codebook: &Codebook, tokens: Range<usize>, z: &[f32]) -> Window {
 }
 
 /// Scores a frame, of one window at least.
-fn score(codebook: &Codebook, class: usize, windows: &[Window]) -> Result<FrameScore> {
+fn score(
+    codebook: &Codebook,
+    class: usize,
+    constants: &[f64],
+    windows: &[Window],
+) -> Result<FrameScore> {
     let n_directions = codebook.directions.len();
     let logit = |d: usize| {
         let scales = codebook.scales.iter().enumerate();
         let terms = scales.map(|(s, &run)| largest_run(windows, run, s * n_directions + d));
-        terms.sum::<f64>() + codebook.bias(d)
+        terms.sum::<f64>() + constants[d]
     };
     let logits: Vec<f64> = (0..n_directions).map(logit).collect();
     let depth = largest(windows.iter().map(|window| window.depth));

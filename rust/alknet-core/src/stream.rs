@@ -259,12 +259,17 @@ impl Stream {
         let codebook = self.firewall.codebook();
         let Some(segment) = self.segments.last_mut() else { return Ok(()) };
         let end = limit.min(segment.tokens.start + codebook.segment_tokens);
-        let input_ids = &self.encoding.input_ids[segment.tokens.end..end];
-        let projector = Projector::new(codebook, &[input_ids.len()]);
-        self.firewall.reader().extend(&mut self.cache, input_ids, &projector)?;
+        let new = &self.encoding.input_ids[segment.tokens.end..end];
+        let closed = [new, &codebook.closing].concat();
+        let projector = Projector::new(codebook, &[closed.len()]);
+        let kept = self.cache.len() + new.len();
+        self.firewall.reader().extend(&mut self.cache, &closed, &projector)?;
+        // What closes the segment now is no part of what follows.
+        self.cache.truncate(kept);
         segment.projections.append(&mut projector.into_sequences()[0]);
         segment.frames = score::frames(codebook, &segment.projections)?;
         segment.tokens.end = end;
+        segment.projections.truncate(segment.tokens.len() * codebook.n_components());
         Ok(())
     }
 }

@@ -103,6 +103,37 @@ fn a_frame_counts_by_its_largest_run_of_every_scale() {
 }
 
 #[test]
+fn closing_tokens_add_their_mean_to_every_frame() {
+    let file = CodebookFile::valid().closed(&[5, 6]);
+    let codebook = Codebook::from_bytes(&file.to_bytes()).unwrap();
+    assert_eq!(codebook.closing, [5, 6]);
+    // Six tokens are two windows; of the closing ones the mean of component 0 is 30.
+    let mut projections = [1.0, 0.0, 0.0].repeat(6);
+    projections.extend([20.0, 0.0, 0.0, 40.0, 0.0, 0.0]);
+    let frames = score::frames(&codebook, &projections).unwrap();
+    assert_eq!(frames.len(), 2);
+    for frame in frames {
+        let expected = [1.0 + 0.1 * 30.0, 0.0, 0.0];
+        assert!(frame.logits.iter().zip(expected).all(|(l, e)| (l - e).abs() < 1e-6));
+        assert!(frame.strongest.end <= 6);
+    }
+    projections[18] = f32::NAN;
+    assert!(matches!(score::frames(&codebook, &projections), Err(Error::Inference(_))));
+}
+
+#[test]
+fn closing_tokens_need_weights_and_a_limit() {
+    let mut file = CodebookFile::valid();
+    file.metadata.insert("closing".into(), "[5]".into());
+    assert!(refusal(&file.to_bytes()).contains("direction_weights"));
+    let many = CodebookFile::valid().closed(&[5; 65]);
+    assert!(refusal(&many.to_bytes()).contains("65 closing tokens"));
+    let mut file = CodebookFile::valid();
+    file.metadata.insert("closing".into(), "[-1]".into());
+    assert!(refusal(&file.to_bytes()).contains("closing"));
+}
+
+#[test]
 fn metadata_that_is_not_known_is_kept() {
     let mut file = CodebookFile::valid();
     file.metadata.insert("quality".into(), "{}".into());

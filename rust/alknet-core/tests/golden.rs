@@ -169,6 +169,21 @@ fn a_sequence_continues_from_its_cache() {
 }
 
 #[test]
+fn what_a_cache_has_forgotten_leaves_no_trace() {
+    let tiny = Tiny::load("tiny");
+    let (mut whole, mut caches) = (Vec::new(), vec![tiny.backend.new_cache()]);
+    for part in [0..10, 10..11, 11..tiny.input_ids.len()] {
+        let more = [&tiny.input_ids[part.clone()], &[7, 8, 9][..]].concat();
+        let found = extend(&tiny.backend, &[&more], &mut caches).remove(0);
+        whole.extend(&found.data[..found.data.len() / more.len() * part.len()]);
+        caches[0].truncate(part.end);
+    }
+    let (n_sites, hidden_size) = (tiny.backend.sites().len(), tiny.backend.hidden_size());
+    let seq_len = tiny.input_ids.len();
+    tiny.assert_golden(&Activations { seq_len, n_sites, hidden_size, data: whole }, "forgotten");
+}
+
+#[test]
 fn a_clone_of_a_cache_is_independent() {
     let tiny = Tiny::load("tiny");
     let mut first = vec![tiny.backend.new_cache()];

@@ -51,9 +51,26 @@ fn loudness(token: TokenId) -> [f32; 3] {
 }
 
 fn assemble(engine: Synthetic, options: &FirewallOptions) -> alknet_core::Result<Firewall> {
+    assemble_with(&CodebookFile::valid(), engine, options)
+}
+
+fn assemble_with(
+    codebook: &CodebookFile,
+    engine: Synthetic,
+    options: &FirewallOptions,
+) -> alknet_core::Result<Firewall> {
     let reader = Reader::new(tokenizer(), Arc::new(engine), Some(0))?;
-    let codebook = Codebook::from_bytes(&CodebookFile::valid().to_bytes())?;
-    Firewall::new(reader, codebook, options)
+    Firewall::new(reader, Codebook::from_bytes(&codebook.to_bytes())?, options)
+}
+
+/// A firewall that reads two tokens after every piece, the second of them loud.
+fn closed() -> Arc<Firewall> {
+    static FIREWALL: LazyLock<Arc<Firewall>> = LazyLock::new(|| {
+        let codebook = CodebookFile::valid().closed(&[id("a"), id("X")]);
+        let engine = Synthetic::new(loudness);
+        Arc::new(assemble_with(&codebook, engine, &FirewallOptions::default()).unwrap())
+    });
+    FIREWALL.clone()
 }
 
 fn firewall_with(options: &FirewallOptions) -> Arc<Firewall> {
@@ -412,6 +429,14 @@ fn parts_that_do_not_belong_together_make_no_firewall() {
 }
 
 #[test]
+fn closing_tokens_count_for_every_frame_and_are_no_part_of_the_text() {
+    let text = "the minutes of monday";
+    let (open, closed_) = (screen(text), closed().screen(text, Some(Origin::User)).unwrap());
+    assert_eq!(open.n_tokens, closed_.n_tokens);
+    assert!(closed_.p_value < open.p_value, "{} {}", closed_.p_value, open.p_value);
+}
+
+#[test]
 fn options_out_of_range_make_no_firewall() {
     let nothing = FirewallOptions { max_tokens: Some(0), ..Default::default() };
     let thresholds = Thresholds { suspicious: 0.9, dangerous: 0.1 };
@@ -522,8 +547,10 @@ proptest! {
         text in texts(),
         cuts in proptest::collection::vec(0usize..200, 0..12),
         max_tokens in proptest::option::of(1usize..80),
+        is_closed in any::<bool>(),
     ) {
-        let firewall = max_tokens.map_or_else(firewall, limited);
+        let all = if is_closed { closed } else { firewall };
+        let firewall = max_tokens.map_or_else(all, limited);
         let alarm = stream(&firewall, &text, &cuts).unwrap();
         prop_assert_eq!(alarm, firewall.screen(&text, None).unwrap());
     }

@@ -61,6 +61,17 @@ impl KeyValues {
         self.blocks.positions = 0;
     }
 
+    /// Forgets all but the first `positions` of the `held` ones.
+    pub fn truncate(&mut self, positions: usize, held: usize) {
+        for rows in [&mut self.keys, &mut self.values] {
+            rows.truncate(rows.len() / held.max(1) * positions);
+        }
+        let blocks = &mut self.blocks;
+        let block = blocks.len / blocks.positions.div_ceil(BLOCK).max(1);
+        blocks.positions = blocks.positions.min(positions);
+        blocks.len = blocks.positions.div_ceil(BLOCK) * block;
+    }
+
     /// Makes this a copy of `other`, in the memory at hand where there is enough.
     pub fn copy_from(&mut self, other: &Self) {
         self.keys.clone_from(&other.keys);
@@ -155,7 +166,7 @@ pub(crate) const GROUP: usize = 32;
 /// - values `[BLOCK / GROUP, row, GROUP]`, rows being places in the head
 ///
 /// which are rows of tiles: left sides of `K Qᵀ` and of `Vᵀ Pᵀ`. What lies after the last position is
-/// unspecified for keys, and zero to the end of the group for values.
+/// unspecified for keys, and zero to the end of the group for values once new ones have been written.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct KeyBlocks {
     pub(crate) positions: usize,

@@ -2,10 +2,15 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
-use alknet_core::{self as core, Codebook, alarm, firewall, model::weights::Weights, pack};
-use pyo3::prelude::*;
+use alknet_core::{
+    self as core, Codebook, alarm, firewall,
+    model::{TokenId, weights::Weights},
+    pack,
+    tokenize::Tokenizer,
+};
+use pyo3::{prelude::*, types::PyString};
 
-use crate::boundary::enter_core;
+use crate::boundary::{enter_core, utf8};
 
 /// Packs the first `num_layers` blocks of a GGUF file or safetensors folder into `out_dir`.
 #[pyfunction]
@@ -30,6 +35,20 @@ pub(crate) fn fingerprint(py: Python<'_>, detector: PathBuf) -> PyResult<HashMap
         ("tokenizer_sha256", fingerprint.tokenizer_sha256),
         ("config_sha256", fingerprint.config_sha256),
     ]))
+}
+
+/// Tokens of a text as the model of a detector folder reads it.
+#[pyfunction]
+pub(crate) fn token_ids(
+    py: Python<'_>,
+    detector: PathBuf,
+    text: &Bound<'_, PyString>,
+) -> PyResult<Vec<TokenId>> {
+    let text = utf8(text)?;
+    enter_core(py, || {
+        let tokenizer = Tokenizer::from_file(&detector.join("tokenizer.json"))?;
+        Ok(tokenizer.encode(&text)?.input_ids)
+    })
 }
 
 /// Metadata of a codebook file, after all its checks.

@@ -14,7 +14,9 @@ mod _core {
     #[pymodule_export]
     use super::firewall::{Firewall, Stream};
     #[pymodule_export]
-    use super::functions::{build_info, fingerprint, inspect_codebook, pack_model, score};
+    use super::functions::{
+        build_info, fingerprint, inspect_codebook, pack_model, score, token_ids,
+    };
     #[pymodule_export]
     use super::reader::Reader;
 

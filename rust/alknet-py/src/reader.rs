@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use alknet_core::{
-    self as core, Engine, ReaderOptions, capture::Activations, model::Site, reader::WindowLayout,
+    self as core, Engine, ReaderOptions,
+    capture::Activations,
+    model::{Site, TokenId},
+    reader::WindowLayout,
 };
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::{prelude::*, types::PyString};
@@ -41,23 +44,21 @@ impl Reader {
         activations_array(py, activations)
     }
 
-    #[pyo3(signature = (texts, *, window, stride, segment_tokens, segment_overlap, max_tokens))]
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments of one method")]
+    #[pyo3(signature = (texts, *, window, stride, max_tokens, closing=Vec::new()))]
     fn window_means<'py>(
         &self,
         py: Python<'py>,
         texts: Vec<Bound<'py, PyString>>,
         window: usize,
         stride: usize,
-        segment_tokens: usize,
-        segment_overlap: usize,
         max_tokens: usize,
+        closing: Vec<TokenId>,
     ) -> PyResult<Vec<Bound<'py, PyAny>>> {
         let texts = texts.iter().map(utf8).collect::<PyResult<Vec<_>>>()?;
-        let layout = WindowLayout { window, stride, segment_tokens, segment_overlap, max_tokens };
+        let layout = WindowLayout { window, stride, max_tokens };
         let means = enter_core(py, || {
             let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-            self.0.window_means(&texts, &layout)
+            self.0.window_means(&texts, &layout, &closing)
         })?;
         let width = self.0.backend().sites().len() * self.0.backend().hidden_size();
         let array = |rows: Vec<f32>| {

@@ -98,6 +98,18 @@ impl CodebookFile {
         }
     }
 
+    /// The file with tokens that close every piece; a tenth of component 0 counts for direction 0.
+    pub(crate) fn closed(mut self, closing: &[u32]) -> Self {
+        self.metadata.insert("closing".to_owned(), json!(closing).to_string());
+        if let Some(weights) = self.tensors.get_mut("direction_weights") {
+            weights.shape[0] += 1;
+            let mut row = [0.0; 3 * N_COMPONENTS];
+            row[0] = 0.1;
+            weights.data.extend(row.iter().flat_map(|x: &f32| x.to_le_bytes()));
+        }
+        self
+    }
+
     /// The safetensors header: every tensor after the other, in order of name.
     pub(crate) fn header(&self) -> serde_json::Map<String, serde_json::Value> {
         let mut header = serde_json::Map::new();

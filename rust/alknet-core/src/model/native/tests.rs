@@ -208,6 +208,28 @@ fn threads_batch_and_chunks_change_no_bit() {
     }
 }
 
+#[test]
+fn what_a_cache_has_forgotten_leaves_no_trace() {
+    let model = RandomModel::new(144, 384, 9, 3, 16);
+    let (sites, ids) = (every_site(3), text(140, 1));
+    for isa in Isa::available() {
+        let backend = model.backend(&sites, 2, isa);
+        let mut cache = backend.new_cache();
+        let mut whole = vec![Vec::<f32>::new(); sites.len()];
+        // Groups of 32 positions and blocks of 64 are left half full, full, and entered.
+        for part in [0..31, 31..32, 32..63, 63..64, 64..65, 65..127, 127..140] {
+            let more = [&ids[part.clone()], &text(5, 9)[..]].concat();
+            let found = read(&backend, &[&more], std::slice::from_mut(&mut cache)).remove(0);
+            for (whole, found) in whole.iter_mut().zip(found) {
+                whole.extend(&found[..part.len() * backend.hidden_size()]);
+            }
+            cache.truncate(part.end);
+            assert_eq!(cache.len(), part.end);
+        }
+        assert_eq!(whole, read_one(&backend, &ids), "{isa}");
+    }
+}
+
 /// Every part has rows, begins at a whole unit of them and costs at most a unit more than its share.
 #[test]
 fn parts_of_a_chunk_cost_the_same() {
