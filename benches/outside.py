@@ -31,7 +31,7 @@ Array = npt.NDArray[np.float64]
 
 # Collections of this name are told apart by language.
 MANUALS = "debian/"
-MANUAL_LIMIT = {"debian/paragraphs": 120, "debian/pages": 20}
+MANUAL_LIMIT = {"debian/paragraphs": 60, "debian/pages": 12}
 
 # Two texts that begin alike are the same for `--known`.
 BEGINNING = 150
