@@ -26,7 +26,8 @@ text in all languages: a ridge on all whitened dimensions, since there is little
 could agree on. A frame counts by the larger of the two.
 
 The components are the first singular vectors of the windows, then what their model has outside
-them, the model of each longer scale, and last those of the other languages.
+them, the models of each longer scale and of the closing tokens, and last those of the other
+languages.
 """
 
 from __future__ import annotations
