@@ -684,7 +684,7 @@ class TestActivations:
     def test_windows_are_those_of_the_engine(self, reader, tmp_path):
         store = self.windows(reader, tmp_path)
         assert len(store.starts) == len(TEXTS) + 1
-        options = {"window": 8, "stride": 4, "max_tokens": 64}
+        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": []}
         for text in (0, 5, 20, len(TEXTS) - 1):
             (expected,) = reader.window_means([TEXTS[text]], **options)
             own = store.data[store.starts[text] : store.starts[text + 1]]

@@ -64,7 +64,8 @@ def make(folder: Path) -> Path:
     reader = _core.Reader(str(folder), list(SITES), engine="candle", threads=1)
 
     texts = [*BENIGN, *ordinary_sentences(200)]
-    benign = np.concatenate(reader.window_means(texts, window=8, stride=4, max_tokens=1024))
+    options = {"window": 8, "stride": 4, "max_tokens": 1024, "closing": []}
+    benign = np.concatenate(reader.window_means(texts, **options))
 
     def last_windows(end: str) -> np.ndarray:
         """Mean activations of the last window of texts that end so, after the like of `BENIGN`."""

@@ -15,6 +15,7 @@ __all__ = [
     "inspect_codebook",
     "pack_model",
     "score",
+    "token_ids",
 ]
 
 __version__: str
@@ -73,7 +74,7 @@ class Reader:
         window: int,
         stride: int,
         max_tokens: int,
-        closing: list[int] = [],
+        closing: list[int],
     ) -> list[npt.NDArray[np.float32]]: ...
     def count_tokens(self, text: str) -> int: ...
 

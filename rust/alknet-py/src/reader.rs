@@ -44,7 +44,7 @@ impl Reader {
         activations_array(py, activations)
     }
 
-    #[pyo3(signature = (texts, *, window, stride, max_tokens, closing=Vec::new()))]
+    #[pyo3(signature = (texts, *, window, stride, max_tokens, closing))]
     fn window_means<'py>(
         &self,
         py: Python<'py>,
