@@ -1,6 +1,6 @@
 """How the shipped detector does on other people's texts, none of which took part in making it.
 
-In an environment with alknet-firewall, numpy and PyYAML::
+In an environment with ``alknet-firewall[calibrate]`` and PyYAML::
 
     python benches/outside.py [--known FOLDER ...] [--limit 300]
 
@@ -14,7 +14,6 @@ figures are kept in ``target/bench/outside.json``.
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 from collections import defaultdict
@@ -25,12 +24,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from alknet_firewall import Firewall, __version__
+from alknet_firewall.calibration.corpus import read_corpora
 from outside_texts import Text, outside_texts
+from sklearn.metrics import roc_auc_score
 
 Array = npt.NDArray[np.float64]
 
-# Collections of this name are told apart by language.
-MANUALS = "debian/"
+# Most texts of every language.
 MANUAL_LIMIT = {"debian/paragraphs": 60, "debian/pages": 12}
 
 # Two texts that begin alike are the same for `--known`.
@@ -39,12 +39,8 @@ BEGINNING = 150
 
 def beginnings(folders: Sequence[Path]) -> set[str]:
     """How the texts below some folders begin."""
-    found = set()
-    for path in (path for folder in folders for path in folder.rglob("*.jsonl*")):
-        opened: Any = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as lines:
-            found |= {json.loads(line)["text"].strip()[:BEGINNING] for line in lines}
-    return found
+    rows = read_corpora(folders) if folders else []
+    return {row.text.strip()[:BEGINNING] for row in rows}
 
 
 def sample(texts: Sequence[Text], known: set[str], limit: int) -> list[Text]:
@@ -74,10 +70,8 @@ def p_values(firewall: Firewall, texts: Sequence[Text], *, told: bool) -> Array:
 
 def auroc(attacks: Array, ordinary: Array) -> float:
     """Share of pairs in which the attack has the lower p-value."""
-    ranked = np.sort(ordinary)
-    above = len(ranked) - np.searchsorted(ranked, attacks, "right")
-    equal = np.searchsorted(ranked, attacks, "right") - np.searchsorted(ranked, attacks, "left")
-    return float((above + equal / 2).mean() / len(ranked))
+    labels = np.repeat([0, 1], [len(ordinary), len(attacks)])
+    return float(roc_auc_score(labels, -np.concatenate([ordinary, attacks])))
 
 
 def summarise(texts: Sequence[Text], p: dict[str, Array]) -> dict[str, Any]:
