@@ -6,7 +6,7 @@ use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
     attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands, fused_exp},
-    bytes::byte_matmul,
+    bytes::{byte_matmul, byte_sum},
     dispatch::Kernels,
     isa::Isa,
     pack::PackedMatrix,
@@ -126,6 +126,7 @@ byte_matmul! {
     zero: _mm256_setzero_si256,
     splat: _mm256_set1_epi32,
     load: _mm256_loadu_si256,
+    sum: sum,
     dot: dot,
     convert: _mm256_cvtepi32_ps,
     splat_float: _mm256_set1_ps,
@@ -133,6 +134,16 @@ byte_matmul! {
     multiply: _mm256_mul_ps,
     add: _mm256_add_ps,
     store_float: _mm256_storeu_ps,
+}
+
+byte_sum! {
+    name: sum,
+    features: "avx2",
+    register: __m256i,
+    outputs: 8,
+    splat: _mm256_set1_epi32,
+    load: _mm256_loadu_si256,
+    dot: dot,
 }
 
 /// fp32 arithmetic of attention.

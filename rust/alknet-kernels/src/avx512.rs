@@ -1,6 +1,10 @@
 //! AVX-512 with VNNI: 64 products of bytes per instruction.
 
+mod sums;
+
 use std::{arch::x86_64::*, ops::Range};
+
+use sums::sum;
 
 use crate::{
     attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands, fused_exp},
@@ -115,6 +119,7 @@ byte_matmul! {
     zero: _mm512_setzero_si512,
     splat: _mm512_set1_epi32,
     load: _mm512_loadu_si512,
+    sum: sum,
     dot: _mm512_dpbusd_epi32,
     convert: _mm512_cvtepi32_ps,
     splat_float: _mm512_set1_ps,

@@ -3,7 +3,12 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
-    avx2, bytes::byte_matmul, dispatch::Kernels, isa::Isa, pack::PackedMatrix, rows::QuantizedRows,
+    avx2,
+    bytes::{byte_matmul, byte_sum},
+    dispatch::Kernels,
+    isa::Isa,
+    pack::PackedMatrix,
+    rows::QuantizedRows,
     scalar::LANES,
 };
 
@@ -18,6 +23,7 @@ byte_matmul! {
     zero: _mm256_setzero_si256,
     splat: _mm256_set1_epi32,
     load: _mm256_loadu_si256,
+    sum: sum,
     dot: _mm256_dpbusd_avx_epi32,
     convert: _mm256_cvtepi32_ps,
     splat_float: _mm256_set1_ps,
@@ -25,4 +31,14 @@ byte_matmul! {
     multiply: _mm256_mul_ps,
     add: _mm256_add_ps,
     store_float: _mm256_storeu_ps,
+}
+
+byte_sum! {
+    name: sum,
+    features: "avx2,avxvnni",
+    register: __m256i,
+    outputs: 8,
+    splat: _mm256_set1_epi32,
+    load: _mm256_loadu_si256,
+    dot: _mm256_dpbusd_avx_epi32,
 }

@@ -8,6 +8,7 @@
 /// - `features`: what the functions are compiled for
 /// - `outputs`: sums in a register, 8 or 16
 /// - `rows`: heights of a tile, each from 1 on; the last is the highest
+/// - `sum`: adds the products of some rows and two registers of weights, such as [`byte_sum`] defines
 /// - `dot`: adds four products to each sum
 /// - the rest: intrinsics of that width
 macro_rules! byte_matmul {
@@ -18,6 +19,7 @@ macro_rules! byte_matmul {
         zero: $zero:ident,
         splat: $splat:ident,
         load: $load:ident,
+        sum: $sum:ident,
         dot: $dot:ident,
         convert: $convert:ident,
         splat_float: $splat_float:ident,
@@ -94,8 +96,7 @@ macro_rules! byte_matmul {
             columns: usize,
         ) {
             let stride = x.stride();
-            let q = x.data[row * stride..][..R * stride].as_ptr();
-            let bytes = w.panel_range(panel..panel + (P * $outputs).div_ceil(LANES)).as_ptr();
+            let bytes = w.panel_range(panel..panel + (P * $outputs).div_ceil(LANES));
             // Where register `p` of four inputs starts: its panel, and its place within it.
             let start = |p: usize| {
                 p * $outputs / LANES * LANES * stride + p * $outputs % LANES * 4
@@ -104,34 +105,14 @@ macro_rules! byte_matmul {
             for (r, sums) in sums.iter_mut().enumerate() {
                 *sums = [$splat(x.offsets[row + r]); P];
             }
-            for k in (0..stride).step_by(4) {
-                let mut weights = [$zero(); P];
-                for (p, weights) in weights.iter_mut().enumerate() {
-                    let at = start(p) + k * LANES;
-                    // SAFETY: a panel has 16 · stride bytes, and k ≤ stride − 4.
-                    *weights = unsafe { $load(bytes.add(at).cast()) };
-                    // SAFETY: a prefetch of any address is harmless.
-                    #[allow(unused_unsafe, reason = "prefetching is unsafe in older compilers")]
-                    unsafe {
-                        _mm_prefetch::<_MM_HINT_T0>(fetch.as_ptr().wrapping_add(at).cast());
-                    }
-                }
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: row `r` has `stride` bytes, and k ≤ stride − 4.
-                    let four = unsafe { q.add(r * stride + k).cast::<i32>().read_unaligned() };
-                    let four = $splat(four);
-                    for (sum, weights) in sums.iter_mut().zip(weights) {
-                        *sum = $dot(*sum, weights, four);
-                    }
-                }
-            }
+            $sum(&x.data[row * stride..][..R * stride], bytes, fetch, &mut sums);
             for (r, sums) in sums.iter_mut().enumerate() {
                 for excess in x.excess(row + r) {
                     let four = $splat(i32::from_le_bytes(excess.four.map(|q| q as u8)));
                     for (p, sum) in sums.iter_mut().enumerate() {
                         let at = start(p) + excess.first as usize * LANES;
                         // SAFETY: a panel has 16 · stride bytes, and words lie within the stride.
-                        *sum = unsafe { $dot(*sum, $load(bytes.add(at).cast()), four) };
+                        *sum = unsafe { $dot(*sum, $load(bytes.as_ptr().add(at).cast()), four) };
                     }
                 }
             }
@@ -155,3 +136,61 @@ macro_rules! byte_matmul {
     };
 }
 pub(crate) use byte_matmul;
+
+/// Defines a function that adds the products of `R` rows and `P` registers of weights to their sums, with
+/// intrinsics.
+///
+/// - `name`: of the function
+/// - `register`: its type
+/// - the rest: as for [`byte_matmul`]
+macro_rules! byte_sum {
+    (
+        name: $name:ident,
+        features: $features:literal,
+        register: $register:ty,
+        outputs: $outputs:literal,
+        splat: $splat:ident,
+        load: $load:ident,
+        dot: $dot:ident,
+    ) => {
+        /// # Shapes
+        /// - `q`: `[R, stride]`; `weights`: the panels, `[.., stride / 4, LANES, 4]`; `sums`: `[R, P]`
+        ///
+        /// What follows as many bytes of `fetch` is read soon.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn $name<const R: usize, const P: usize>(
+            q: &[i8],
+            weights: &[u8],
+            fetch: &[u8],
+            sums: &mut [[$register; P]; R],
+        ) {
+            let stride = q.len() / R;
+            assert!(stride.is_multiple_of(4) && weights.len() >= P * $outputs * stride);
+            let (q, bytes) = (q.as_ptr(), weights.as_ptr());
+            for k in (0..stride).step_by(4) {
+                let weights: [_; P] = std::array::from_fn(|p| {
+                    let at = p * $outputs / LANES * LANES * stride
+                        + p * $outputs % LANES * 4
+                        + k * LANES;
+                    // SAFETY: a prefetch of any address is harmless.
+                    #[allow(unused_unsafe, reason = "prefetching is unsafe in older compilers")]
+                    unsafe {
+                        _mm_prefetch::<_MM_HINT_T0>(fetch.as_ptr().wrapping_add(at).cast());
+                    }
+                    // SAFETY: there are as many bytes, as asserted.
+                    unsafe { $load(bytes.add(at).cast()) }
+                });
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: row `r` has `stride` bytes, and k ≤ stride − 4.
+                    let four = unsafe { q.add(r * stride + k).cast::<i32>().read_unaligned() };
+                    let four = $splat(four);
+                    for (sum, weights) in sums.iter_mut().zip(weights) {
+                        *sum = $dot(*sum, weights, four);
+                    }
+                }
+            }
+        }
+    };
+}
+pub(crate) use byte_sum;

@@ -19,6 +19,7 @@
 //! | `isa.rs` | which instruction sets this CPU has |
 //! | `scalar.rs`, `attention.rs` | what every kernel computes, written so that LLVM vectorises it |
 //! | `avx2.rs`, `avxvnni.rs`, `avx512.rs`, `avx512bf16.rs`, `amx.rs` | the same kernels, with intrinsics where LLVM falls short |
+//! | `avx512/sums.rs` | sums of products of bytes, in assembly |
 //! | `amx/products.rs`, `amx/attention.rs`, `amx/rotation.rs`, `amx/tiles.rs` | linear products, attention and rotation on AMX tiles, and the tiles |
 //! | `bytes.rs` | the product of bytes that `avx2.rs`, `avxvnni.rs` and `avx512.rs` share |
 //! | `dispatch.rs` | the table of kernels of one instruction set |
