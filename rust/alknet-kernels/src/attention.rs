@@ -161,11 +161,12 @@ impl<W: Copy + Default> QueryBlock<W> {
     fn start<A: Arithmetic<Word = W>>(&mut self, task: &AttentionTask<'_>, tokens: Range<usize>) {
         let (dim, len) = (task.head_dim, tokens.len());
         let n = (task.heads * len).next_multiple_of(LANES);
-        // Columns beyond the queries hold zeros: they cost time, and nobody reads their result.
-        self.columns.clear();
         self.columns.resize(dim * n, 0.0);
-        self.sums.clear();
         self.sums.resize(dim * n, 0.0);
+        // Columns beyond the queries hold zeros: they cost time, and nobody reads their result.
+        for row in self.columns.chunks_exact_mut(n) {
+            row[task.heads * len..].fill(0.0);
+        }
         for head in 0..task.heads {
             let queries = &task.queries[tokens.start * task.query_stride + head * dim..];
             let columns = &mut self.columns[head * len..];
@@ -190,6 +191,12 @@ impl<W: Copy + Default> QueryBlock<W> {
         let n = self.n;
         A::product::<false>(keys, A::packed(&self.columns, &self.words), n, scores);
         self.softmax.run::<A>(scores, n, start);
+        A::pack(scores, n, score_words);
+        let weights = A::packed(scores, score_words);
+        if start == 0 {
+            A::product::<false>(values, weights, n, &mut self.sums);
+            return;
+        }
         // Most keys leave all maxima as they are: multiplying by one would change nothing.
         let correction = &self.softmax.correction;
         if correction.iter().any(|c| *c != 1.0) {
@@ -197,8 +204,7 @@ impl<W: Copy + Default> QueryBlock<W> {
                 sums.iter_mut().zip(correction).for_each(|(sum, c)| *sum *= c);
             }
         }
-        A::pack(scores, n, score_words);
-        A::product::<true>(values, A::packed(scores, score_words), n, &mut self.sums);
+        A::product::<true>(values, weights, n, &mut self.sums);
     }
 
     /// Divides by the sums of weights and writes `[heads, task.tokens, head_dim]`.
@@ -282,6 +288,10 @@ pub(crate) fn attention<A: Arithmetic>(
     for (i, queries) in blocks.iter_mut().enumerate() {
         queries.start::<A>(task, i * block..task.tokens.min((i + 1) * block));
     }
+    let widest = blocks.iter().map(|queries| queries.n).max().unwrap_or(0);
+    if scores.len() < KEY_BLOCK * widest {
+        scores.resize(KEY_BLOCK * widest, 0.0);
+    }
     let end = task.first + task.tokens;
     for start in (0..end).step_by(KEY_BLOCK) {
         let len = KEY_BLOCK.min(end - start);
@@ -290,7 +300,7 @@ pub(crate) fn attention<A: Arithmetic>(
         for queries in blocks.iter_mut().filter(|block| start < task.first + block.tokens.end) {
             // Nobody in the block sees the keys after its last token.
             let len = len.min(task.first + queries.tokens.end - start);
-            scores.resize(len * queries.n, 0.0);
+            let scores = &mut scores[..len * queries.n];
             queries.add::<A>(&keys, &values, start, scores, score_words);
         }
     }

@@ -30,7 +30,7 @@ type Split = unsafe fn(&mut [i8], &mut [Excess]) -> usize;
 type RmsNorm = unsafe fn(&[f32], &[f32], f32, &mut [f32]);
 type Matmul = unsafe fn(&QuantizedRows, Range<usize>, &PackedMatrix, Range<usize>, &mut [f32]);
 type FinishTile = unsafe fn(&[f32], usize, usize, &Place<'_>);
-type FinishQkv = unsafe fn(&mut [f32], &TileHeads<'_>, &[f32], &Place<'_>);
+type FinishQkv = unsafe fn(&[f32], &TileHeads<'_>, &[f32], &Place<'_>);
 type Attention = unsafe fn(&AttentionTask<'_>, &mut [f32]);
 
 /// Consecutive columns of attention of one key/value head: for every token the query heads that share it.
@@ -266,7 +266,7 @@ impl Kernels {
     /// The place must belong to this task alone.
     pub(crate) unsafe fn finish_qkv(
         &self,
-        tile: &mut [f32],
+        tile: &[f32],
         heads: &TileHeads<'_>,
         angles: &[f32],
         place: &Place<'_>,

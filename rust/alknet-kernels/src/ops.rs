@@ -374,7 +374,7 @@ impl Pass {
         x: &QuantizedRows,
         w: &PackedMatrix,
         unit: usize,
-        finish: impl Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync,
+        finish: impl Fn(Range<usize>, Range<usize>, &[f32]) + Sync,
     ) {
         self.for_products(x, w, unit, |Product { rows, panels, .. }| {
             let block_rows = ROW_BLOCK.min(rows.len()).max(1);

@@ -235,7 +235,7 @@ pub(crate) unsafe fn finish_gate_up(tile: &[f32], columns: usize, width: usize, 
     }
 }
 
-/// Rotates heads of queries and keys and copies all heads.
+/// Rotates heads of queries and keys and copies those of values.
 ///
 /// # Shapes
 /// - `tile`: `[rows, heads.scales.len() · padded]`; `angles`: `[rows, head_dim]`
@@ -244,24 +244,23 @@ pub(crate) unsafe fn finish_gate_up(tile: &[f32], columns: usize, width: usize, 
 /// The place must belong to this task alone.
 #[inline(always)]
 pub(crate) unsafe fn finish_qkv(
-    tile: &mut [f32],
+    tile: &[f32],
     heads: &TileHeads<'_>,
     angles: &[f32],
     place: &Place<'_>,
 ) {
     let (dim, padded) = (heads.head_dim, heads.padded);
-    let rows = tile.chunks_exact_mut(heads.scales.len() * padded);
+    let rows = tile.chunks_exact(heads.scales.len() * padded);
     for (row, (tile, angles)) in rows.zip(angles.chunks_exact(dim)).enumerate() {
         let (cos, sin) = angles.split_at(dim / 2);
         // SAFETY: this function's contract.
         let out = unsafe { place.row(row, heads.scales.len() * dim) };
-        let numbers = tile.chunks_exact_mut(padded).zip(out.chunks_exact_mut(dim));
+        let numbers = tile.chunks_exact(padded).zip(out.chunks_exact_mut(dim));
         for ((head, out), scale) in numbers.zip(heads.scales) {
-            let head = &mut head[..dim];
-            if let Some(scale) = scale {
-                rope(head, cos, sin, *scale);
+            match scale {
+                Some(scale) => rope(&head[..dim], cos, sin, *scale, out),
+                None => copy(&head[..dim], out),
             }
-            for_lanes(out, head, |_, x| x);
         }
     }
 }
@@ -291,15 +290,17 @@ pub(crate) fn copy(x: &[f32], out: &mut [f32]) {
     for_lanes(out, x, |_, x| x);
 }
 
-/// Rotates one head in place (pairs `i`, `i + head_dim/2`) and multiplies it by `scale`.
+/// Rotates one head (pairs `i`, `i + head_dim/2`) and multiplies it by `scale`.
 ///
 /// # Shapes
-/// - `x`: `[head_dim]`; `cos`, `sin`: `[head_dim / 2]`
+/// - `x`, `out`: `[head_dim]`; `cos`, `sin`: `[head_dim / 2]`
 #[inline(always)]
-fn rope(x: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
-    let (low, high) = x.split_at_mut(cos.len());
-    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-        (*a, *b) = ((*a * cos - *b * sin) * scale, (*b * cos + *a * sin) * scale);
+fn rope(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [f32]) {
+    let (low, high) = x.split_at(cos.len());
+    let (low_out, high_out) = out.split_at_mut(cos.len());
+    let numbers = low.iter().zip(high).zip(cos.iter().zip(sin));
+    for (((a, b), (cos, sin)), (x, y)) in numbers.zip(low_out.iter_mut().zip(high_out)) {
+        (*x, *y) = ((a * cos - b * sin) * scale, (b * cos + a * sin) * scale);
     }
 }
 
@@ -335,7 +336,7 @@ macro_rules! compile_for {
 
         #[target_feature(enable = $features)]
         unsafe fn finish_qkv(
-            tile: &mut [f32],
+            tile: &[f32],
             heads: &$crate::scalar::TileHeads<'_>,
             angles: &[f32],
             place: &$crate::scalar::Place<'_>,

@@ -374,7 +374,7 @@ proptest! {
                     kernels.finish_gate_up(&tile, columns, half, place);
                 }),
                 finished(&|place| unsafe {
-                    kernels.finish_qkv(&mut tile.clone(), &heads, &angles, place);
+                    kernels.finish_qkv(&tile, &heads, &angles, place);
                 }),
             ]
         };

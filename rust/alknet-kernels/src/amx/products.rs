@@ -480,7 +480,7 @@ unsafe fn qkv_of_odd_heads(
     let angles = &angles[rows.start * dim..];
     let place = Place { out: &Shared::new(&mut numbers), start: 0, stride: task_heads.len() * dim };
     // SAFETY: the place is this function's own.
-    unsafe { scalar::finish_qkv(&mut tile, &tile_heads, angles, &place) };
+    unsafe { scalar::finish_qkv(&tile, &tile_heads, angles, &place) };
     let places = rows.clone().flat_map(|row| task_heads.clone().map(move |head| (row, head)));
     for ((row, head), numbers) in places.zip(numbers.chunks_exact(dim)) {
         let place = Projection::place(heads, row, head);
