@@ -20,8 +20,8 @@ import formats
 
 __all__ = ["ENGINES", "ISAS", "NATIVE", "Engine", "Input", "Isa", "Setup"]
 
-Isa = Literal["best", "avx2"]
-ISAS: tuple[Isa, ...] = ("best", "avx2")
+Isa = Literal["best", "avx512", "avx2"]
+ISAS: tuple[Isa, ...] = ("best", "avx512", "avx2")
 
 NATIVE = "alknet-firewall"
 """Key of our own engine."""
@@ -54,8 +54,8 @@ class Setup:
         Where activations are read.
     threads : int
         Threads to use.
-    isa : "best" or "avx2"
-        Whether the CPU's newest instructions may be used.
+    isa : str
+        The newest instructions that may be used: the CPU's, AVX-512's with VNNI, or AVX2's.
     """
 
     folder: Path
@@ -79,15 +79,15 @@ class Engine:
         Makes the engine's `Run`.
     needs : str or None
         The format it reads.
-    avx2 : Mapping or str
-        Environment that holds it to AVX2; or why nothing does.
+    held : Mapping
+        By level, the environment that holds it to that; or why nothing does.
     reads_text : bool
         It takes the text and not the ids: see `Input` for how its rows then differ.
     """
 
     load: Callable[[Setup], Run]
     needs: str | None = None
-    avx2: Mapping[str, str] | str = field(default_factory=dict)
+    held: Mapping[Isa, Mapping[str, str] | str] = field(default_factory=dict)
     reads_text: bool = False
 
 
@@ -95,7 +95,7 @@ def _load_ours(engine: str) -> Callable[[Setup], Run]:
     def load(setup: Setup) -> Run:
         from alknet_firewall import _core
 
-        isa = "avx2" if setup.isa == "avx2" else None
+        isa = None if setup.isa == "best" else setup.isa
         threads = setup.threads
         reader = _core.Reader(setup.detector, setup.sites, engine=engine, threads=threads, isa=isa)
         return lambda item: reader.activations(item.text).swapaxes(0, 1)
@@ -127,8 +127,8 @@ def _load_openvino(file: str, precision: str) -> Callable[[Setup], Run]:
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": setup.threads,
-            # Held to AVX2 it refuses models for which bf16 was asked.
-            "INFERENCE_PRECISION_HINT": "f32" if setup.isa == "avx2" else precision,
+            # Held down it refuses models for which bf16 was asked.
+            "INFERENCE_PRECISION_HINT": precision if setup.isa == "best" else "f32",
         }
         compiled = ov.Core().compile_model(setup.folder / file, "CPU", options)
         return lambda item: compiled(np.array([item.input_ids]))[0]
@@ -173,41 +173,58 @@ def _load_llama_cpp(setup: Setup) -> Run:
 
 
 # PyTorch's fp32 products are MKL's, its bf16 ones oneDNN's, the rest is its own: each has a switch.
-_TORCH_AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
+_TORCH: Mapping[Isa, Mapping[str, str]] = {
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+    },
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
 }
-_ONEDNN_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-_BF16_AVX2 = "OpenVINO computes in bf16 with AVX-512 only"
+_ONEDNN: dict[Isa, Mapping[str, str] | str] = {
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+}
+_OPENVINO_BF16: Mapping[Isa, str] = dict.fromkeys(
+    ("avx512", "avx2"), "OpenVINO computes in bf16 with AVX-512 BF16 or AMX only"
+)
 _MLAS_AVX2 = "half of OpenVINO's products in fp32 are MLAS's, which has no switch: it keeps AVX-512"
-_ONNX_AVX2 = "ONNX Runtime chooses its kernels by the CPU and has no switch"
+_ONNX = "ONNX Runtime chooses its kernels by the CPU and has no switch"
+_CANDLE = "candle chooses its kernels by the CPU and has no switch"
+_LLAMA_CPP = "llama.cpp chooses its instructions when it is built"
 
 ENGINES: dict[str, Engine] = {
     NATIVE: Engine(_load_ours("native"), reads_text=True),
-    "openvino bf16": Engine(_load_openvino(formats.OPENVINO, "bf16"), formats.OPENVINO, _BF16_AVX2),
+    "openvino bf16": Engine(
+        _load_openvino(formats.OPENVINO, "bf16"), formats.OPENVINO, _OPENVINO_BF16
+    ),
     "openvino int8": Engine(
-        _load_openvino(formats.OPENVINO_INT8, "f32"), formats.OPENVINO_INT8, _ONEDNN_AVX2
+        _load_openvino(formats.OPENVINO_INT8, "f32"), formats.OPENVINO_INT8, _ONEDNN
     ),
     "openvino int8 bf16": Engine(
-        _load_openvino(formats.OPENVINO_INT8, "bf16"), formats.OPENVINO_INT8, _BF16_AVX2
+        _load_openvino(formats.OPENVINO_INT8, "bf16"), formats.OPENVINO_INT8, _OPENVINO_BF16
     ),
     "openvino int8 weights": Engine(
-        _load_openvino(formats.OPENVINO_WEIGHTS, "bf16"), formats.OPENVINO_WEIGHTS, _ONEDNN_AVX2
+        _load_openvino(formats.OPENVINO_WEIGHTS, "bf16"), formats.OPENVINO_WEIGHTS, _ONEDNN
     ),
-    "openvino fp32": Engine(_load_openvino(formats.OPENVINO, "f32"), formats.OPENVINO, _MLAS_AVX2),
-    "torch bf16": Engine(_load_torch("bfloat16"), formats.MODEL, _TORCH_AVX2),
-    "torch fp32": Engine(_load_torch("float32"), formats.MODEL, _TORCH_AVX2),
-    "onnxruntime int8": Engine(_load_onnx(formats.ONNX_INT8), formats.ONNX_INT8, _ONNX_AVX2),
-    "onnxruntime fp32": Engine(_load_onnx(formats.ONNX), formats.ONNX, _ONNX_AVX2),
-    "candle fp32": Engine(
-        _load_ours("candle"),
-        avx2="candle chooses its kernels by the CPU and has no switch",
-        reads_text=True,
+    "openvino fp32": Engine(
+        _load_openvino(formats.OPENVINO, "f32"),
+        formats.OPENVINO,
+        _ONEDNN | {"avx2": _MLAS_AVX2},
     ),
-    "llama.cpp": Engine(
-        _load_llama_cpp, formats.GGUF, "llama.cpp chooses its instructions when it is built"
+    "torch bf16": Engine(_load_torch("bfloat16"), formats.MODEL, _TORCH),
+    "torch fp32": Engine(_load_torch("float32"), formats.MODEL, _TORCH),
+    # In int8 it may take AMX.
+    "onnxruntime int8": Engine(
+        _load_onnx(formats.ONNX_INT8), formats.ONNX_INT8, {"avx512": _ONNX, "avx2": _ONNX}
     ),
+    "onnxruntime fp32": Engine(_load_onnx(formats.ONNX), formats.ONNX, {"avx2": _ONNX}),
+    "candle fp32": Engine(_load_ours("candle"), held={"avx2": _CANDLE}, reads_text=True),
+    "llama.cpp": Engine(_load_llama_cpp, formats.GGUF, {"avx512": _LLAMA_CPP, "avx2": _LLAMA_CPP}),
 }
 
 

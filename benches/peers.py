@@ -75,11 +75,10 @@ class Worker:
     def __init__(self, key: str, folder: Path, isa: Isa) -> None:
         self.key = key
         environment = dict(os.environ)
-        if isa == "avx2":
-            switches = ENGINES[key].avx2
-            if isinstance(switches, str):
-                raise MissingEngine(switches)
-            environment |= switches
+        switches = ENGINES[key].held.get(isa, {})
+        if isinstance(switches, str):
+            raise MissingEngine(switches)
+        environment |= switches
         command = [sys.executable, str(HERE / "engines.py"), key, str(folder), isa]
         self._log_path = folder / f"{key}-{isa}.log".replace(" ", "-")
         with self._log_path.open("w") as log:
