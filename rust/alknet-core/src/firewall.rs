@@ -109,7 +109,7 @@ impl Firewall {
     /// A firewall over any reader.
     ///
     /// # Errors
-    /// [`Error::Codebook`] when the codebook's sites, width or segments are not the reader's.
+    /// [`Error::Codebook`] when the codebook's sites, width, segments or closing tokens are not the reader's.
     pub fn new(reader: Reader, codebook: Codebook, options: &FirewallOptions) -> Result<Self> {
         let backend = reader.backend();
         if backend.sites() != codebook.sites || backend.hidden_size() != codebook.hidden_size {
@@ -127,6 +127,9 @@ impl Firewall {
                 "segments of {most} tokens, the model reads {} at once",
                 reader.max_tokens()
             )));
+        }
+        if let Some(id) = codebook.closing.iter().find(|id| !reader.tokenizer().has(**id)) {
+            return Err(Error::Codebook(format!("closing token {id} is not one of the tokenizer's")));
         }
         let Thresholds { suspicious, dangerous } = options.thresholds;
         if options.max_tokens == Some(0) {

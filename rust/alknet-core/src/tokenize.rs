@@ -70,6 +70,11 @@ impl Tokenizer {
         Self { margin: margin(&inner), missing: missing_bytes(&inner), added, inner }
     }
 
+    /// Whether there is a token of this id.
+    pub fn has(&self, id: TokenId) -> bool {
+        self.inner.id_to_token(id).is_some()
+    }
+
     /// Tokenizes `text`, in time linear in its length but for words of many thousand characters,
     /// where it is `n log n`.
     ///

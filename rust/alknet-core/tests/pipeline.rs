@@ -437,6 +437,13 @@ fn closing_tokens_count_for_every_frame_and_are_no_part_of_the_text() {
 }
 
 #[test]
+fn closing_tokens_of_another_vocabulary_make_no_firewall() {
+    let codebook = CodebookFile::valid().closed(&[id("a"), 1 << 20]);
+    let made = assemble_with(&codebook, Synthetic::new(loudness), &FirewallOptions::default());
+    assert!(matches!(made, Err(Error::Codebook(message)) if message.contains("1048576")));
+}
+
+#[test]
 fn options_out_of_range_make_no_firewall() {
     let nothing = FirewallOptions { max_tokens: Some(0), ..Default::default() };
     let thresholds = Thresholds { suspicious: 0.9, dangerous: 0.1 };
