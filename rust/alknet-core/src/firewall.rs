@@ -129,7 +129,9 @@ impl Firewall {
             )));
         }
         if let Some(id) = codebook.closing.iter().find(|id| !reader.tokenizer().has(**id)) {
-            return Err(Error::Codebook(format!("closing token {id} is not one of the tokenizer's")));
+            return Err(Error::Codebook(format!(
+                "closing token {id} is not one of the tokenizer's"
+            )));
         }
         let Thresholds { suspicious, dangerous } = options.thresholds;
         if options.max_tokens == Some(0) {

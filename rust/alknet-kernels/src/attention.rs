@@ -100,6 +100,11 @@ pub(crate) trait Arithmetic {
         c: &mut [f32],
     );
 
+    /// Sets scores of a key to −∞ where it comes after the query's position.
+    ///
+    /// With intrinsics: compilers make a branch for every lane of it.
+    fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32);
+
     /// `eˣ` for weights, of numbers up to zero; NaN stays NaN.
     #[inline(always)]
     fn exp(x: f32) -> f32 {
@@ -211,8 +216,10 @@ impl<W: Copy + Default> QueryBlock<W> {
     #[inline(always)]
     fn finish<A: Arithmetic<Word = W>>(&mut self, task: &AttentionTask<'_>, out: &mut [f32]) {
         let (dim, len, n) = (task.head_dim, self.tokens.len(), self.n);
+        let inverse = &mut self.softmax.total;
+        inverse.iter_mut().for_each(|total| *total = 1.0 / *total);
         for sums in self.sums.chunks_exact_mut(n) {
-            sums.iter_mut().zip(&self.softmax.total).for_each(|(sum, total)| *sum /= total);
+            sums.iter_mut().zip(&*inverse).for_each(|(sum, inverse)| *sum *= inverse);
         }
         for head in 0..task.heads {
             let out = &mut out[(head * task.tokens + self.tokens.start) * dim..];
@@ -348,27 +355,33 @@ fn softmax_columns<A: Arithmetic, const MASKED: bool>(
     total: &mut [f32; LANES],
     correction: &mut [f32; LANES],
 ) {
-    let old_max = *max;
-    for (j, row) in scores.chunks_exact(n).enumerate() {
-        let row = lanes(row, first);
-        for i in 0..LANES {
-            let visible = !MASKED || positions[i] >= (start + j) as u32;
+    if MASKED {
+        for (j, row) in scores.chunks_exact_mut(n).enumerate() {
+            A::hide(lanes_mut(row, first), positions, (start + j) as u32);
+        }
+    }
+    // Copies, which stay in registers.
+    let (mut largest, mut sum) = (*max, *total);
+    for row in scores.chunks_exact(n) {
+        for (largest, score) in largest.iter_mut().zip(lanes(row, first)) {
             // NaN is passed over here; it comes back through the exponential.
-            max[i] = if visible && row[i] > max[i] { row[i] } else { max[i] };
+            *largest = if *score > *largest { *score } else { *largest };
         }
     }
     for i in 0..LANES {
-        correction[i] = A::exp(old_max[i] - max[i]);
-        total[i] *= correction[i];
+        correction[i] = A::exp(max[i] - largest[i]);
+        sum[i] *= correction[i];
     }
-    for (j, row) in scores.chunks_exact_mut(n).enumerate() {
+    for row in scores.chunks_exact_mut(n) {
         let row = lanes_mut(row, first);
         for i in 0..LANES {
-            let visible = !MASKED || positions[i] >= (start + j) as u32;
-            row[i] = if visible { A::exp(row[i] - max[i]) } else { 0.0 };
-            total[i] += row[i];
+            let weight = A::exp(row[i] - largest[i]);
+            // Exponentials are not zero so far down.
+            row[i] = if MASKED && row[i] == f32::NEG_INFINITY { 0.0 } else { weight };
+            sum[i] += row[i];
         }
     }
+    (*max, *total) = (largest, sum);
 }
 
 thread_local! {
@@ -417,6 +430,13 @@ pub(crate) struct Portable;
 
 impl Arithmetic for Portable {
     fp32_operands!();
+
+    #[inline(always)]
+    fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32) {
+        for (score, position) in scores.iter_mut().zip(positions) {
+            *score = if *position < key { f32::NEG_INFINITY } else { *score };
+        }
+    }
 
     #[inline(always)]
     fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {

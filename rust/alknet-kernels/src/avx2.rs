@@ -159,6 +159,12 @@ impl Arithmetic for Fma {
     }
 
     #[inline(always)]
+    fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32) {
+        // SAFETY: as above.
+        unsafe { hide(scores, positions, key) }
+    }
+
+    #[inline(always)]
     fn exp(x: f32) -> f32 {
         fused_exp(x)
     }
@@ -173,6 +179,25 @@ impl Arithmetic for Fma {
     ) {
         // SAFETY: as above.
         unsafe { transpose(x, stride, size, out, out_stride) }
+    }
+}
+
+/// [`Arithmetic::hide`].
+#[inline]
+#[target_feature(enable = "avx2")]
+fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32) {
+    let key = _mm256_set1_epi32(key as i32);
+    let infinite = _mm256_set1_ps(f32::NEG_INFINITY);
+    for (scores, positions) in
+        scores.as_chunks_mut::<8>().0.iter_mut().zip(positions.as_chunks::<8>().0)
+    {
+        // SAFETY: there are eight of each. Positions are far below 2³¹.
+        unsafe {
+            let hidden = _mm256_cmpgt_epi32(key, _mm256_loadu_si256(positions.as_ptr().cast()));
+            let shown = _mm256_loadu_ps(scores.as_ptr());
+            let shown = _mm256_blendv_ps(shown, infinite, _mm256_castsi256_ps(hidden));
+            _mm256_storeu_ps(scores.as_mut_ptr(), shown);
+        }
     }
 }
 

@@ -142,6 +142,12 @@ impl Arithmetic for Fma {
     }
 
     #[inline(always)]
+    fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32) {
+        // SAFETY: only this file's `attention` uses this type, on a CPU with AVX-512.
+        unsafe { hide(scores, positions, key) }
+    }
+
+    #[inline(always)]
     fn exp(x: f32) -> f32 {
         fused_exp(x)
     }
@@ -156,6 +162,19 @@ impl Arithmetic for Fma {
     ) {
         // SAFETY: only this file's `attention` uses this type, on a CPU with AVX2.
         unsafe { avx2::transpose(x, stride, size, out, out_stride) }
+    }
+}
+
+/// [`Arithmetic::hide`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32) {
+    // SAFETY: there are 16 of each.
+    unsafe {
+        let positions = _mm512_loadu_si512(positions.as_ptr().cast());
+        let hidden = _mm512_cmplt_epu32_mask(positions, _mm512_set1_epi32(key as i32));
+        let infinite = _mm512_set1_ps(f32::NEG_INFINITY);
+        _mm512_mask_storeu_ps(scores.as_mut_ptr(), hidden, infinite);
     }
 }
 

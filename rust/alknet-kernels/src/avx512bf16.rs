@@ -79,6 +79,12 @@ impl Arithmetic for Bf16 {
     }
 
     #[inline(always)]
+    fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32) {
+        // SAFETY: only this file's `attention` uses this type, on a CPU with AVX-512.
+        unsafe { avx512::hide(scores, positions, key) }
+    }
+
+    #[inline(always)]
     fn exp(x: f32) -> f32 {
         fused_exp(x)
     }
