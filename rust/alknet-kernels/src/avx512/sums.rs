@@ -1,8 +1,8 @@
 //! Sums of products of bytes with VNNI.
 //!
 //! A word of a row, four bytes, is multiplied by two registers of weights. In what compilers make of the
-//! intrinsics every row has an address of its own to add up for every word; that takes turns from the products,
-//! which then run at two thirds of their rate. Here three rows share an address, and four words an addition.
+//! intrinsics every row has an address of its own to add up for every word; that takes turns from the products.
+//! Here three rows share an address, and four words an addition (docs/decisions/0014-assembly-for-avx512.md).
 
 use std::arch::x86_64::*;
 
