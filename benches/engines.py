@@ -189,24 +189,28 @@ _ONEDNN: dict[Isa, Mapping[str, str] | str] = {
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
-_OPENVINO_BF16: Mapping[Isa, str] = dict.fromkeys(
-    ("avx512", "avx2"), "OpenVINO computes in bf16 with AVX-512 BF16 or AMX only"
-)
 _MLAS_AVX2 = "half of OpenVINO's products in fp32 are MLAS's, which has no switch: it keeps AVX-512"
+_OPENVINO_BF16 = "OpenVINO computes in bf16 with AVX-512 BF16 or AMX only"
 _ONNX = "ONNX Runtime chooses its kernels by the CPU and has no switch"
 _CANDLE = "candle chooses its kernels by the CPU and has no switch"
 _LLAMA_CPP = "llama.cpp chooses its instructions when it is built"
 
+
+def _never(reason: str) -> dict[Isa, Mapping[str, str] | str]:
+    """`Engine.held` of an engine that no level below the CPU's can be asked of."""
+    return {isa: reason for isa in ISAS if isa != "best"}
+
+
 ENGINES: dict[str, Engine] = {
     NATIVE: Engine(_load_ours("native"), reads_text=True),
     "openvino bf16": Engine(
-        _load_openvino(formats.OPENVINO, "bf16"), formats.OPENVINO, _OPENVINO_BF16
+        _load_openvino(formats.OPENVINO, "bf16"), formats.OPENVINO, _never(_OPENVINO_BF16)
     ),
     "openvino int8": Engine(
         _load_openvino(formats.OPENVINO_INT8, "f32"), formats.OPENVINO_INT8, _ONEDNN
     ),
     "openvino int8 bf16": Engine(
-        _load_openvino(formats.OPENVINO_INT8, "bf16"), formats.OPENVINO_INT8, _OPENVINO_BF16
+        _load_openvino(formats.OPENVINO_INT8, "bf16"), formats.OPENVINO_INT8, _never(_OPENVINO_BF16)
     ),
     "openvino int8 weights": Engine(
         _load_openvino(formats.OPENVINO_WEIGHTS, "bf16"), formats.OPENVINO_WEIGHTS, _ONEDNN
@@ -219,12 +223,10 @@ ENGINES: dict[str, Engine] = {
     "torch bf16": Engine(_load_torch("bfloat16"), formats.MODEL, _TORCH),
     "torch fp32": Engine(_load_torch("float32"), formats.MODEL, _TORCH),
     # In int8 it may take AMX.
-    "onnxruntime int8": Engine(
-        _load_onnx(formats.ONNX_INT8), formats.ONNX_INT8, {"avx512": _ONNX, "avx2": _ONNX}
-    ),
+    "onnxruntime int8": Engine(_load_onnx(formats.ONNX_INT8), formats.ONNX_INT8, _never(_ONNX)),
     "onnxruntime fp32": Engine(_load_onnx(formats.ONNX), formats.ONNX, {"avx2": _ONNX}),
     "candle fp32": Engine(_load_ours("candle"), held={"avx2": _CANDLE}, reads_text=True),
-    "llama.cpp": Engine(_load_llama_cpp, formats.GGUF, {"avx512": _LLAMA_CPP, "avx2": _LLAMA_CPP}),
+    "llama.cpp": Engine(_load_llama_cpp, formats.GGUF, _never(_LLAMA_CPP)),
 }
 
 

@@ -199,6 +199,7 @@ impl<W: Copy + Default> QueryBlock<W> {
         A::pack(scores, n, score_words);
         let weights = A::packed(scores, score_words);
         if start == 0 {
+            // The sums begin here: what they held is another task's.
             A::product::<false>(values, weights, n, &mut self.sums);
             return;
         }
