@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from . import attacks, benign, machine
 from .dice import Dice
+from .escapes import escapes
 from .grammar import Grammar
 from .rows import Draft
 
@@ -135,6 +136,7 @@ _BENIGN = (
     Group("exercises", 0.6, benign.section("maths", "mathematics", "user")),
     Group("code", 0.8, benign.technical),
     Group("machine_made", 0.35, machine.machine_made),
+    Group("escapes", 0.25, escapes),
     Group("chatter", 0.6, benign.section("chatter", "chatter", "user", typed=True)),
     Group("documents", 1.0, benign.documents),
     Group("prose", 0.5, benign.prose),
