@@ -6,7 +6,9 @@ text that were written for this project, most of them to resemble attacks, weigh
 
 The last length class is also that of every segment of a long document, which may be about many
 things: the long texts of a corpus mostly stay with one. Three quarters of its weight are therefore
-those of documents joined at random until they are as long, if there are documents.
+those of documents joined at random until they are as long, if there are documents. Short ones are
+not joined: a page of thirty notes, each of which somebody wrote because it is hard, is nothing that
+long documents resemble.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ _TAIL_LEVELS = np.array([0.02, 0.01, 0.003, 0.001, 0.0001])
 # Weight of a kind of text that was written for this project, beside a public source's.
 _AUTHORED_WEIGHT = 0.6
 
-# Weight of joined documents in the last class.
+# Weight of joined documents in the last class, and the fewest tokens of each of them.
 _JOINED_SHARE = 0.75
+_JOINED_TOKENS = 128
 
 # A class with fewer texts than this borrows the neighbouring classes' texts.
 _ENOUGH = 400
@@ -79,7 +82,7 @@ def null_splines(
         The texts: where each comes from, and whether it is a document.
     """
     classes = length_class(n_tokens)
-    documents = np.array([row.origin != "user" for row in rows])
+    documents = np.array([row.origin != "user" for row in rows]) & (n_tokens >= _JOINED_TOKENS)
     both = joined(statistics[documents], n_tokens[documents], LENGTH_CLASSES[-1])
     knots, values = [], []
     for c in range(len(LENGTH_CLASSES)):
