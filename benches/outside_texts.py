@@ -49,6 +49,22 @@ DEBS = {
         "812c43e1dc906daf671e3efe953dc023205c238e5bd5a3021ce4ca142793573a"
     ),
 }
+# Of these whole pages are read.
+LONG_DEBS = {
+    "r/rustc/rust-doc_1.63.0+dfsg1-2_all.deb": (
+        "96ef96fe6df87d939ca713bd7df3d15c2b778ccb892eca025c4ee504146f697b"
+    ),
+    "z/zsh/zsh-doc_5.9-4_all.deb": (
+        "79bd75df4bf03d1021e993fd773f82b8a4c8d76649e420cd32eca940cf418ff4"
+    ),
+    "d/debian-policy/debian-policy_4.6.2.0_all.deb": (
+        "ef9d01b625c3b87c3a845c2cd1b66f1a16e9240b2b9e5bee53472a00e8457a39"
+    ),
+}
+
+# Source of whole pages of manuals, code and all, and how long they are in characters.
+LONG = "manuals/long"
+LONG_CHARACTERS = range(8_000, 60_000)
 
 # What templates are asked; they have a place for it.
 REQUESTS = (
@@ -125,6 +141,7 @@ def outside_texts(folder: Path) -> list[Text]:
     )
     texts = [text for read in readers for text in read(packages)]
     texts += _manuals(debs)
+    texts += _long_pages(_deb(name, sha256, folder) for name, sha256 in LONG_DEBS.items())
     seen: dict[str, Text] = {}
     for text in texts:
         if len(text.text.strip()) >= 8:
@@ -370,6 +387,14 @@ def _manuals(debs: list[Package]) -> list[Text]:
             if len(whole) > 1200:
                 texts.append(Text("debian/pages", whole[:6000], False, "document", lang))
     return texts
+
+
+def _long_pages(debs: Iterable[Package]) -> Iterator[Text]:
+    for _, page in (page for deb in debs for page in deb.all(r"\.html$")):
+        page = re.sub(r"(?is)<(script|style|head)\b.*?</\1>", " ", page)
+        text = re.sub(r"\n\s*\n", "\n\n", html.unescape(re.sub(r"<[^>]+>", "", page))).strip()
+        if len(text) in LONG_CHARACTERS:
+            yield Text(LONG, text, False, "document")
 
 
 def _paragraphs(page: str) -> list[str]:
