@@ -11,7 +11,7 @@ from alknet_firewall import AlarmLevel
 DATA = Path(__file__).parent / "data"
 
 
-HARMLESS = ("trigger_words", "multilingual_benign")
+HARMLESS = ("trigger_words", "multilingual_benign", "escaped_code")
 ATTACKS = "multilingual_attacks"
 
 
@@ -28,6 +28,11 @@ def alarms(fw):
 def test_few_harmless_texts_alarm(alarms, name, most):
     assert len(alarms[name]) >= 300
     assert sum(map(bool, alarms[name])) / len(alarms[name]) <= most
+
+
+def test_code_with_escaped_bytes_hardly_alarms(alarms):
+    assert len(alarms["escaped_code"]) == 60
+    assert sum(map(bool, alarms["escaped_code"])) <= 2
 
 
 def test_hardly_a_harmless_text_is_dangerous(alarms):
