@@ -134,11 +134,11 @@ def _array(dice: Dice) -> str:
     return f"static const uint8_t {dice.pick(_NAMES)}[] = {{ {data} }};"
 
 
-def _filled(templates: tuple[str, ...], string: Callable[[Dice], str]) -> Callable[[Dice], str]:
-    """Writes one of some lines around a string."""
+def _statement(string: Callable[[Dice], str]) -> Callable[[Dice], str]:
+    """Writes a line of code around a string."""
 
     def write(dice: Dice) -> str:
-        line = dice.pick(templates).replace("{n}", str(dice.between(2, 40)))
+        line = dice.pick(_STATEMENTS).replace("{n}", str(dice.between(2, 40)))
         return line.replace("{name}", dice.pick(_NAMES)).replace("{s}", string(dice))
 
     return write
@@ -149,11 +149,11 @@ def _one_of(strings: tuple[str, ...]) -> Callable[[Dice], str]:
 
 
 _WRITERS: tuple[Callable[[Dice], str], ...] = (
-    _filled(_STATEMENTS, _bytes),
-    _filled(_STATEMENTS, _bytes),
-    _filled(_STATEMENTS, _one_of(_KNOWN)),
-    _filled(_STATEMENTS, _one_of(_ACCENTED)),
-    _filled(_STATEMENTS, _colour),
+    _statement(_bytes),
+    _statement(_bytes),
+    _statement(_one_of(_KNOWN)),
+    _statement(_one_of(_ACCENTED)),
+    _statement(_colour),
     _array,
     _bytes,
 )
