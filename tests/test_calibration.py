@@ -261,9 +261,9 @@ class TestNull:
         assert weights.sum() == pytest.approx(1)
         assert weights[:100].sum() / weights[100:].sum() == pytest.approx(5)
 
-    def test_text_of_ours_weighs_less(self):
+    def test_text_of_ours_weighs_as_much(self):
         weights = null.source_weights(["public"] * 9 + ["authored/asides"] * 9)
-        assert weights[9:].sum() / weights[:9].sum() == pytest.approx(0.6)
+        assert weights[9:].sum() / weights[:9].sum() == pytest.approx(1)
 
     def test_joined_texts_are_as_alarming_as_their_worst_part(self):
         statistics, n_tokens = np.arange(40.0), np.full(40, 256)
@@ -275,13 +275,23 @@ class TestNull:
 
     def test_long_text_of_many_parts_makes_long_text_less_alarming(self):
         rng = np.random.default_rng(5)
-        n_tokens = np.repeat([100, 1024], 500)
+        n_tokens = np.repeat([300, 1024], 500)
         rows = [Row("text", False, "benign", "one", None)] * 1000
         knots, values = null.null_splines(rng.normal(size=1000), n_tokens, rows)
         p = [
-            10 ** -null.pchip_linear_above(knots[c], values[c], np.array([2.5]))[0] for c in (2, 5)
+            10 ** -null.pchip_linear_above(knots[c], values[c], np.array([2.5]))[0] for c in (3, 5)
         ]
         assert p[1] > 2 * p[0]
+
+    def test_short_texts_are_not_joined(self):
+        statistics, n_tokens = (
+            np.random.default_rng(5).normal(size=1000),
+            np.repeat([200, 700], 500),
+        )
+        document, prompt = (Row("text", False, "benign", "one", o) for o in ("document", "user"))
+        knots, _ = null.null_splines(statistics, n_tokens, [document] * 1000)
+        without, _ = null.null_splines(statistics, n_tokens, [prompt] * 500 + [document] * 500)
+        np.testing.assert_array_equal(knots[5], without[5])
 
     def test_length_classes(self):
         n_tokens = np.array([0, 16, 17, 48, 49, 640, 641, 1024, 5000])
