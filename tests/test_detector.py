@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from alknet_firewall import detector
+from alknet_firewall import __version__, detector
 from alknet_firewall.detector import EMBEDDED, FILES
 from alknet_firewall.errors import ConfigError, ModelLoadError
 
@@ -122,6 +122,9 @@ class TestFindDetector:
 
 
 class TestManifest:
+    def test_names_the_library_wherever_it_runs_from(self, tmp_path):
+        assert detector.read_manifest(make(tmp_path / "mine")).library_version == __version__
+
     def test_round_trip(self, tmp_path):
         folder = make(tmp_path / "mine")
         manifest = detector.read_manifest(folder)

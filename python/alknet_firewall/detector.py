@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from . import _core
 from .errors import ConfigError, ModelLoadError
 
 __all__ = [
@@ -298,7 +299,7 @@ def describe(folder: Path, *, name: str, license: str, source: Mapping[str, obje
         file: FileEntry(file_sha256(folder / file), (folder / file).stat().st_size)
         for file in FILES
     }
-    return Manifest(check_name(name), _library_version(), license, source, files)
+    return Manifest(check_name(name), _core.__version__, license, source, files)
 
 
 def refresh_manifest(folder: Path) -> Manifest:
@@ -422,12 +423,3 @@ def _file_entry(name: str, value: Any) -> FileEntry:
     if type(size) is not int or size < 0:
         raise ValueError(f"the size of {name} is not a number of bytes")
     return FileEntry(sha256, size)
-
-
-def _library_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("alknet-firewall")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
