@@ -392,7 +392,7 @@ def _manuals(debs: list[Package]) -> list[Text]:
 def _long_pages(debs: Iterable[Package]) -> Iterator[Text]:
     for _, page in (page for deb in debs for page in deb.all(r"\.html$")):
         page = re.sub(r"(?is)<(script|style|head)\b.*?</\1>", " ", page)
-        text = re.sub(r"\n\s*\n", "\n\n", html.unescape(re.sub(r"<[^>]+>", "", page))).strip()
+        text = re.sub(r"\n\s*\n", "\n\n", _without_tags(page)).strip()
         if len(text) in LONG_CHARACTERS:
             yield Text(LONG, text, False, "document")
 
@@ -400,7 +400,11 @@ def _long_pages(debs: Iterable[Package]) -> Iterator[Text]:
 def _paragraphs(page: str) -> list[str]:
     page = re.sub(r"(?is)<(script|style|head|table)\b.*?</\1>", " ", page)
     found = re.findall(r"(?is)<p\b[^>]*>(.*?)</p>", page)
-    return [" ".join(html.unescape(re.sub(r"<[^>]+>", "", p)).split()) for p in found]
+    return [" ".join(_without_tags(p).split()) for p in found]
+
+
+def _without_tags(markup: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", markup))
 
 
 def _is_english(text: str) -> bool:

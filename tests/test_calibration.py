@@ -284,10 +284,8 @@ class TestNull:
         assert p[1] > 2 * p[0]
 
     def test_short_texts_are_not_joined(self):
-        statistics, n_tokens = (
-            np.random.default_rng(5).normal(size=1000),
-            np.repeat([100, 700], 500),
-        )
+        statistics = np.random.default_rng(5).normal(size=1000)
+        n_tokens = np.repeat([100, 700], 500)
         document, prompt = (Row("text", False, "benign", "one", o) for o in ("document", "user"))
         knots, _ = null.null_splines(statistics, n_tokens, [document] * 1000)
         without, _ = null.null_splines(statistics, n_tokens, [prompt] * 500 + [document] * 500)

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from .dice import Dice
 from .grammar import Grammar
+from .machine import hex_byte
 from .rows import Draft
 
 __all__ = ["escapes"]
 
-_HEX = "0123456789abcdef"
 _WORDS = (
     "foo",
     "bar",
@@ -108,7 +108,7 @@ def escapes(grammar: Grammar, dice: Dice) -> list[Draft]:
 
 
 def _byte(dice: Dice) -> str:
-    digits = dice.pick(_HEX) + dice.pick(_HEX)
+    digits = hex_byte(dice)
     return r"\x" + (digits.upper() if dice.chance(0.3) else digits)
 
 
@@ -130,7 +130,7 @@ def _colour(dice: Dice) -> str:
 
 
 def _array(dice: Dice) -> str:
-    data = ", ".join("0x" + dice.pick(_HEX) + dice.pick(_HEX) for _ in range(dice.between(4, 16)))
+    data = ", ".join("0x" + hex_byte(dice) for _ in range(dice.between(4, 16)))
     return f"static const uint8_t {dice.pick(_NAMES)}[] = {{ {data} }};"
 
 

@@ -11,7 +11,7 @@ from .dice import Dice
 from .grammar import Grammar
 from .rows import Draft, Origin
 
-__all__ = ["machine_made"]
+__all__ = ["hex_byte", "machine_made"]
 
 _HEX = "0123456789abcdef"
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -40,6 +40,11 @@ def machine_made(grammar: Grammar, dice: Dice) -> list[Draft]:
     else:
         text = _in_prose(write(dice), origin, grammar, dice)
     return [Draft(text, "hard_benign", "machine_made", origin)]
+
+
+def hex_byte(dice: Dice) -> str:
+    """Two hexadecimal digits, lower case."""
+    return dice.pick(_HEX) + dice.pick(_HEX)
 
 
 def _in_prose(string: str, origin: Origin, grammar: Grammar, dice: Dice) -> str:
@@ -91,7 +96,7 @@ def _address(dice: Dice) -> str:
 
 def _dump(dice: Dice) -> str:
     """A line of a memory dump."""
-    data = " ".join("".join(dice.pick(_HEX) for _ in range(2)) for _ in range(16))
+    data = " ".join(hex_byte(dice) for _ in range(16))
     return f"{_run(_HEX, dice, 8, 8)}  {data}"
 
 
