@@ -17,9 +17,10 @@ use std::{
 
 use self::tiles::{ROW_BYTES, ROWS};
 use crate::{
-    avx512bf16,
+    avx512,
     dispatch::{Kernels, TileKernels},
     isa::Isa,
+    scalar,
 };
 
 pub(crate) static KERNELS: Kernels = Kernels {
@@ -37,7 +38,7 @@ pub(crate) static KERNELS: Kernels = Kernels {
         quantize: rotation::quantize,
         norm_quantize: rotation::norm_quantize,
     }),
-    ..avx512bf16::KERNELS
+    ..avx512::KERNELS
 };
 
 /// Whether the CPU has tiles of bytes and bf16 numbers, and the operating system lets this process
@@ -48,6 +49,7 @@ pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
         is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512bf16")
             && cpu_has_tiles()
             && system_saves_tiles()
             && permission()
@@ -118,25 +120,24 @@ fn permission() -> bool {
     false
 }
 
-/// `2ˣ` within a part in 9,000: enough for what is rounded to bf16 or 8 bits afterwards. One at zero,
-/// zero from −150 on; NaN stays NaN. Numbers may be up to 127.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn exp2(x: __m512) -> __m512 {
-    // The least relative error without any at both ends.
-    power_of_two(x, 7.826_747e-2, [2.263_083_6e-1, 6.954_242e-1, 1.0])
-}
-
-/// `2ˣ` by a polynomial near `2ʳ` for `r` from 0 to 1, of which these are the coefficients, highest power first.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn power_of_two<const N: usize>(x: __m512, highest: f32, rest: [f32; N]) -> __m512 {
-    const DOWN: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-    let r = _mm512_reduce_ps::<DOWN>(x);
-    let mut p = _mm512_set1_ps(highest);
-    for c in rest {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+/// Numbers 0 and 16, 1 and 17, …
+const INTERLEAVE: [u16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
     }
-    // Scales by two to the power of `x` rounded down.
-    _mm512_scalef_ps(p, x)
+    order
+};
+
+/// [`scalar::exp2`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp2(x: __m512) -> __m512 {
+    let [a, b, c] = scalar::EXP2.map(|c| _mm512_set1_ps(c));
+    let rounding = _mm512_set1_ps(scalar::ROUNDING);
+    let n = _mm512_sub_ps(_mm512_add_ps(x, rounding), rounding);
+    let r = _mm512_sub_ps(x, n);
+    _mm512_scalef_ps(_mm512_fmadd_ps(_mm512_fmadd_ps(a, r, b), r, c), n)
 }

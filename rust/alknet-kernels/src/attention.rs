@@ -1,27 +1,45 @@
-//! Causal attention in blocks of keys with a running softmax.
+//! Causal attention in blocks of keys.
 //!
 //! For one key/value head, `n` queries (of all heads that share it) stand in the columns of
 //!
 //! ```text
-//! Sᵀ = K Qᵀ            [keys, n]         scores
-//! Pᵀ = exp(Sᵀ − max)   [keys, n]         column maxima over all keys so far
-//! Oᵀ = Oᵀ · c + Vᵀ Pᵀ  [head_dim, n]     c brings earlier sums to the new maxima
+//! Sᵀ = K Qᵀ           [keys, n]         scores
+//! Pᵀ = 2^(Sᵀ − r)     [keys, n]         weights, and their sums; queries are scaled by log₂ e
+//! Oᵀ = Oᵀ + Vᵀ Pᵀ     [head_dim, n]
 //! ```
 //!
-//! so that keys and values are read as they lie in the cache, and every step of the softmax runs over
-//! whole vectors of queries. Only the queries and the result are transposed, once.
+//! so that keys and values are read as they lie in the cache, and every step runs over whole vectors of
+//! queries. Only the queries and the result are transposed, once. Queries, keys, values, weights and the result are
+//! bf16 numbers; here in fp32, in `amx/attention.rs` in tiles, with the same bits.
+//!
+//! The reference `r` is zero, and no maximum is looked for: fp32 and bf16 hold the weights of all scores that
+//! a trained model has. Where the weights of a column sum up to what is not [`IN_RANGE`], its largest
+//! score becomes the reference, and all is computed once more.
 //!
 //! Blocks start at multiples of [`KEY_BLOCK`] positions and a masked key adds exactly nothing, so
 //! that a token's result does not depend on which tokens are computed with it.
 //!
 //! Source: FlashAttention, arXiv 2205.14135.
 
-use std::{cell::RefCell, f32::consts::LOG2_E, ops::Range};
+use std::{
+    cell::RefCell,
+    ops::{Range, RangeInclusive},
+};
 
-use crate::scalar::{LANES, POWER_OF_TWO, ROUNDING, exp, power_of_two};
+use crate::{
+    lines::Lines,
+    scalar::{LANES, STEP, UPPER_HALF, add_product, bf16, exp2},
+};
 
-/// Keys that are read at a time.
-const KEY_BLOCK: usize = 64;
+/// Keys that are read at a time: whole steps of a product.
+const KEY_BLOCK: usize = 2 * STEP;
+
+/// Sums of weights without a loss that matters: weights below `2⁻¹²⁶` become zero, those from `2¹²⁸` on infinite.
+pub(crate) const IN_RANGE: RangeInclusive<f32> = 1e-18..=1e18;
+
+/// What is left of a weight rounded towards zero to bf16, on average: of mantissas whose logarithms are
+/// evenly spread.
+pub(crate) const ROUNDED: f32 = 1.0 - 1.0 / 354.9;
 
 /// Queries that are multiplied with a block of keys at a time: their scores stay in the first-level cache.
 const BLOCK_QUERIES: usize = 96;
@@ -31,7 +49,7 @@ pub(crate) fn tokens_per_block(heads: usize) -> usize {
     (BLOCK_QUERIES / heads).max(8)
 }
 
-/// Queries of one key/value head, for consecutive tokens of one sequence.
+/// Queries of one key/value head, for consecutive tokens of one sequence: bf16 numbers, as keys and values.
 pub(crate) struct AttentionTask<'a> {
     /// Query heads that share the key/value head.
     pub(crate) heads: usize,
@@ -41,7 +59,7 @@ pub(crate) struct AttentionTask<'a> {
     pub(crate) tokens: usize,
     /// Width of a head.
     pub(crate) head_dim: usize,
-    /// Rows `query_stride` apart, one a token: `[heads, head_dim]`, rotated and scaled.
+    /// Rows `query_stride` apart, one a token: `[heads, head_dim]`, rotated and scaled for powers of two.
     pub(crate) queries: &'a [f32],
     /// Numbers from one row of queries to the next.
     pub(crate) query_stride: usize,
@@ -53,63 +71,25 @@ pub(crate) struct AttentionTask<'a> {
     pub(crate) stride: usize,
 }
 
-/// The left side of a product: element `(i, k)` is `words[i · row + k · column]`.
-pub(crate) struct Operand<'a, W> {
-    pub(crate) words: &'a [W],
+/// The left side of a product: element `(i, k)` is `numbers[i · row + k · column]`.
+pub(crate) struct Operand<'a> {
+    pub(crate) numbers: &'a [f32],
     pub(crate) row: usize,
     pub(crate) column: usize,
 }
 
-/// Arithmetic of attention's products; one implementation per instruction set.
-///
-/// Depth is counted in 32-bit words: one fp32 number each, or a pair of bf16 numbers.
+/// What instruction sets have kernels of their own for.
 pub(crate) trait Arithmetic {
-    /// What a product multiplies.
-    type Word: Copy + Default;
-
-    /// Keys from `start` on as a left side: rows are keys, depth runs over the head.
-    fn keys<'a>(
-        task: &AttentionTask<'a>,
-        start: usize,
-        len: usize,
-        buffer: &'a mut Vec<Self::Word>,
-    ) -> Operand<'a, Self::Word>;
-
-    /// Values from `start` on as a left side: rows run over the head, depth over keys.
-    fn values<'a>(
-        task: &AttentionTask<'a>,
-        start: usize,
-        len: usize,
-        buffer: &'a mut Vec<Self::Word>,
-    ) -> Operand<'a, Self::Word>;
-
-    /// Makes a right side of rows of `n` numbers: `[depth, n]`, depth rounded up to whole words.
-    fn pack(x: &[f32], n: usize, words: &mut Vec<Self::Word>);
-
-    /// What `pack` made of `x`, or `x` itself.
-    fn packed<'a>(x: &'a [f32], words: &'a [Self::Word]) -> &'a [Self::Word];
-
-    /// `c = a · b`, or `c += a · b` when `ADD`.
+    /// `c = a · b`, or `c += a · b` when `ADD`, by steps of [`STEP`] from the first place on (see [`add_product`]).
     ///
     /// # Shapes
     /// - `a`: `[rows, depth]`, `b`: `[depth, n]`, `c`: `[rows, n]`; `n` a multiple of [`LANES`]
-    fn product<const ADD: bool>(
-        a: &Operand<'_, Self::Word>,
-        b: &[Self::Word],
-        n: usize,
-        c: &mut [f32],
-    );
+    fn product<const ADD: bool>(a: &Operand<'_>, b: &[f32], n: usize, c: &mut [f32]);
 
     /// Sets scores of a key to −∞ where it comes after the query's position.
     ///
     /// With intrinsics: compilers make a branch for every lane of it.
     fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32);
-
-    /// `eˣ` for weights, of numbers up to zero; NaN stays NaN.
-    #[inline(always)]
-    fn exp(x: f32) -> f32 {
-        exp(x)
-    }
 
     /// [`crate::scalar::transpose`].
     fn transpose(
@@ -123,53 +103,46 @@ pub(crate) trait Arithmetic {
 
 /// Buffers of one attention task, kept between tasks.
 #[derive(Default)]
-pub(crate) struct AttentionScratch<W> {
-    blocks: Vec<QueryBlock<W>>,
+pub(crate) struct AttentionScratch {
+    blocks: Vec<QueryBlock>,
     /// `[KEY_BLOCK, n]`.
-    scores: Vec<f32>,
-    score_words: Vec<W>,
-    /// Left sides of the products, where they are not read from the cache.
-    keys: Vec<W>,
-    values: Vec<W>,
+    scores: Lines<f32>,
 }
 
 /// Queries that are multiplied together: `n` of them, rounded up to whole vectors.
 #[derive(Default)]
-struct QueryBlock<W> {
+struct QueryBlock {
     /// Tokens of the task.
     tokens: Range<usize>,
     n: usize,
-    /// `[head_dim, n]`.
-    columns: Vec<f32>,
-    words: Vec<W>,
-    /// `[head_dim, n]`.
-    sums: Vec<f32>,
+    /// `[head_dim, n]`, and more.
+    columns: Lines<f32>,
+    /// `[head_dim, n]`, and more.
+    sums: Lines<f32>,
     softmax: Softmax,
 }
 
-/// The running softmax of every query.
+/// What the weights of every query are made from, and their sums.
 #[derive(Default)]
 struct Softmax {
     /// `[n]`: positions of the queries.
     positions: Vec<u32>,
-    /// `[n]`: largest score so far.
-    max: Vec<f32>,
-    /// `[n]`: sum of exponentials relative to `max`.
-    total: Vec<f32>,
-    /// `[n]`: factor that brings earlier sums to the present `max`.
-    correction: Vec<f32>,
+    /// `[n]`: scores whose weight is one.
+    references: Vec<f32>,
+    /// `[n]`: sums of the weights of even and of odd keys.
+    totals: [Vec<f32>; 2],
 }
 
-impl<W: Copy + Default> QueryBlock<W> {
+impl QueryBlock {
     /// Reads the queries of `tokens`.
     #[inline(always)]
-    fn start<A: Arithmetic<Word = W>>(&mut self, task: &AttentionTask<'_>, tokens: Range<usize>) {
+    fn start<A: Arithmetic>(&mut self, task: &AttentionTask<'_>, tokens: Range<usize>) {
         let (dim, len) = (task.head_dim, tokens.len());
         let n = (task.heads * len).next_multiple_of(LANES);
-        self.columns.resize(dim * n, 0.0);
-        self.sums.resize(dim * n, 0.0);
+        self.columns.grow(dim * n);
+        self.sums.grow(dim * n);
         // Columns beyond the queries hold zeros: they cost time, and nobody reads their result.
-        for row in self.columns.chunks_exact_mut(n) {
+        for row in self.columns[..dim * n].chunks_exact_mut(n) {
             row[task.heads * len..].fill(0.0);
         }
         for head in 0..task.heads {
@@ -177,50 +150,81 @@ impl<W: Copy + Default> QueryBlock<W> {
             let columns = &mut self.columns[head * len..];
             A::transpose(queries, task.query_stride, (len, dim), columns, n);
         }
-        A::pack(&self.columns, n, &mut self.words);
         let position = |i| (task.first + tokens.start + i % len) as u32;
         self.softmax.reset((0..n).map(position));
         (self.tokens, self.n) = (tokens, n);
     }
 
-    /// Adds the keys from `start` on.
+    /// The number of positions that the last token sees.
+    fn end(&self, task: &AttentionTask<'_>) -> usize {
+        task.first + self.tokens.end
+    }
+
+    /// Scores of the block of keys from `start` on, up to the last one that anybody in the block sees.
     #[inline(always)]
-    fn add<A: Arithmetic<Word = W>>(
-        &mut self,
-        keys: &Operand<'_, W>,
-        values: &Operand<'_, W>,
+    fn score<'a, A: Arithmetic>(
+        &self,
+        task: &AttentionTask<'_>,
         start: usize,
-        scores: &mut [f32],
-        score_words: &mut Vec<W>,
-    ) {
-        let n = self.n;
-        A::product::<false>(keys, A::packed(&self.columns, &self.words), n, scores);
-        self.softmax.run::<A>(scores, n, start);
-        A::pack(scores, n, score_words);
-        let weights = A::packed(scores, score_words);
+        scores: &'a mut [f32],
+    ) -> &'a mut [f32] {
+        let scores = &mut scores[..KEY_BLOCK.min(self.end(task) - start) * self.n];
+        let keys =
+            Operand { numbers: &task.keys[start * task.stride..], row: task.stride, column: 1 };
+        A::product::<false>(&keys, &self.columns[..task.head_dim * self.n], self.n, scores);
+        scores
+    }
+
+    /// Adds the keys from `start` on. With the first of them the sums begin: what they held is another
+    /// task's.
+    #[inline(always)]
+    fn add<A: Arithmetic>(&mut self, task: &AttentionTask<'_>, start: usize, scores: &mut [f32]) {
+        let scores = self.score::<A>(task, start, scores);
+        self.softmax.weigh::<A>(scores, self.n, start);
+        let values =
+            Operand { numbers: &task.values[start * task.stride..], row: 1, column: task.stride };
+        let sums = &mut self.sums[..task.head_dim * self.n];
         if start == 0 {
-            // The sums begin here: what they held is another task's.
-            A::product::<false>(values, weights, n, &mut self.sums);
-            return;
+            A::product::<false>(&values, scores, self.n, sums);
+        } else {
+            A::product::<true>(&values, scores, self.n, sums);
         }
-        // Most keys leave all maxima as they are: multiplying by one would change nothing.
-        let correction = &self.softmax.correction;
-        if correction.iter().any(|c| *c != 1.0) {
-            for sums in self.sums.chunks_exact_mut(n) {
-                sums.iter_mut().zip(correction).for_each(|(sum, c)| *sum *= c);
+    }
+
+    /// Starts again with the largest scores as references of the columns that are out of range.
+    #[cold]
+    fn refer_to_largest<A: Arithmetic>(&mut self, task: &AttentionTask<'_>, scores: &mut [f32]) {
+        let n = self.n;
+        let mut largest = vec![f32::NEG_INFINITY; n];
+        for start in (0..self.end(task)).step_by(KEY_BLOCK) {
+            let scores = self.score::<A>(task, start, scores);
+            for (key, row) in scores.chunks_exact(n).enumerate() {
+                for (i, score) in row.iter().enumerate() {
+                    if start + key <= self.softmax.positions[i] as usize {
+                        // NaN is passed over here; it comes back with the weights.
+                        largest[i] = largest[i].max(*score);
+                    }
+                }
             }
         }
-        A::product::<true>(values, weights, n, &mut self.sums);
+        for (i, largest) in largest.into_iter().enumerate() {
+            if !IN_RANGE.contains(&self.softmax.total(i)) {
+                self.softmax.references[i] = largest;
+            }
+        }
+        self.softmax.totals.iter_mut().for_each(|totals| totals.fill(0.0));
     }
 
     /// Divides by the sums of weights and writes `[heads, task.tokens, head_dim]`.
     #[inline(always)]
-    fn finish<A: Arithmetic<Word = W>>(&mut self, task: &AttentionTask<'_>, out: &mut [f32]) {
+    fn finish<A: Arithmetic>(&mut self, task: &AttentionTask<'_>, out: &mut [f32]) {
         let (dim, len, n) = (task.head_dim, self.tokens.len(), self.n);
-        let inverse = &mut self.softmax.total;
-        inverse.iter_mut().for_each(|total| *total = 1.0 / *total);
-        for sums in self.sums.chunks_exact_mut(n) {
-            sums.iter_mut().zip(&*inverse).for_each(|(sum, inverse)| *sum *= inverse);
+        let [inverse, odd] = &mut self.softmax.totals;
+        for (total, odd) in inverse.iter_mut().zip(odd) {
+            *total = 1.0 / ROUNDED / (*total + *odd);
+        }
+        for sums in self.sums[..dim * n].chunks_exact_mut(n) {
+            sums.iter_mut().zip(&*inverse).for_each(|(sum, inverse)| *sum = bf16(*sum * inverse));
         }
         for head in 0..task.heads {
             let out = &mut out[(head * task.tokens + self.tokens.start) * dim..];
@@ -232,19 +236,28 @@ impl<W: Copy + Default> QueryBlock<W> {
 impl Softmax {
     fn reset(&mut self, positions: impl ExactSizeIterator<Item = u32>) {
         let n = positions.len();
-        self.max.clear();
-        self.max.resize(n, f32::NEG_INFINITY);
-        self.total.clear();
-        self.total.resize(n, 0.0);
-        self.correction.resize(n, 0.0);
+        for numbers in [&mut self.references].into_iter().chain(&mut self.totals) {
+            numbers.clear();
+            numbers.resize(n, 0.0);
+        }
         self.positions.clear();
         self.positions.extend(positions);
     }
 
-    /// Turns scores `[keys, n]` into exponentials relative to the largest score so far, zero for keys
-    /// after the query's position; `start` is the first key's position.
+    /// Sum of the weights of column `i`.
+    fn total(&self, i: usize) -> f32 {
+        self.totals[0][i] + self.totals[1][i]
+    }
+
+    /// Whether the weights of all columns can be relied on; NaN cannot.
+    fn in_range(&self) -> bool {
+        (0..self.positions.len()).all(|i| IN_RANGE.contains(&self.total(i)))
+    }
+
+    /// Turns scores `[keys, n]` into weights, zero for keys after the query's position, and adds them up;
+    /// `start` is the first key's position.
     #[inline(always)]
-    fn run<A: Arithmetic>(&mut self, scores: &mut [f32], n: usize, start: usize) {
+    fn weigh<A: Arithmetic>(&mut self, scores: &mut [f32], n: usize, start: usize) {
         // Only the last blocks hold keys after the first query's position.
         let last = start + scores.len() / n - 1;
         if self.positions[0] as usize >= last {
@@ -254,7 +267,7 @@ impl Softmax {
         }
     }
 
-    /// [`Softmax::run`], a vector's width of columns at a time.
+    /// [`Softmax::weigh`], a vector's width of columns at a time.
     #[inline(always)]
     fn columns<A: Arithmetic, const MASKED: bool>(
         &mut self,
@@ -262,15 +275,15 @@ impl Softmax {
         n: usize,
         start: usize,
     ) {
-        for column in (0..n).step_by(LANES) {
-            softmax_columns::<A, MASKED>(
+        let [even, odd] = &mut self.totals;
+        for first in (0..n).step_by(LANES) {
+            weigh_columns::<A, MASKED>(
                 scores,
-                (n, column),
+                (n, first),
                 start,
-                lanes(&self.positions, column),
-                lanes_mut(&mut self.max, column),
-                lanes_mut(&mut self.total, column),
-                lanes_mut(&mut self.correction, column),
+                lanes(&self.positions, first),
+                lanes(&self.references, first),
+                [lanes_mut(even, first), lanes_mut(odd, first)],
             );
         }
     }
@@ -281,56 +294,42 @@ impl Softmax {
 /// # Shapes
 /// - `out`: `[heads, tokens, head_dim]`
 #[inline(always)]
-pub(crate) fn attention<A: Arithmetic>(
+pub(crate) fn attention<A: Arithmetic>(task: &AttentionTask<'_>, out: &mut [f32]) {
+    SCRATCH.with_borrow_mut(|scratch| attention_in::<A>(scratch, task, out));
+}
+
+/// [`attention`] with a place for what is computed.
+#[inline(always)]
+fn attention_in<A: Arithmetic>(
+    AttentionScratch { blocks: all, scores }: &mut AttentionScratch,
     task: &AttentionTask<'_>,
-    scratch: &mut AttentionScratch<A::Word>,
     out: &mut [f32],
 ) {
     let block = tokens_per_block(task.heads);
     let blocks = task.tokens.div_ceil(block);
-    if scratch.blocks.len() < blocks {
-        scratch.blocks.resize_with(blocks, QueryBlock::default);
+    if all.len() < blocks {
+        all.resize_with(blocks, QueryBlock::default);
     }
-    let AttentionScratch { blocks: all, scores, score_words, keys, values } = scratch;
     let blocks = &mut all[..blocks];
     for (i, queries) in blocks.iter_mut().enumerate() {
         queries.start::<A>(task, i * block..task.tokens.min((i + 1) * block));
     }
     let widest = blocks.iter().map(|queries| queries.n).max().unwrap_or(0);
-    if scores.len() < KEY_BLOCK * widest {
-        scores.resize(KEY_BLOCK * widest, 0.0);
-    }
-    let end = task.first + task.tokens;
-    for start in (0..end).step_by(KEY_BLOCK) {
-        let len = KEY_BLOCK.min(end - start);
-        let keys = A::keys(task, start, len, keys);
-        let values = A::values(task, start, len, values);
-        for queries in blocks.iter_mut().filter(|block| start < task.first + block.tokens.end) {
-            // Nobody in the block sees the keys after its last token.
-            let len = len.min(task.first + queries.tokens.end - start);
-            let scores = &mut scores[..len * queries.n];
-            queries.add::<A>(&keys, &values, start, scores, score_words);
+    scores.grow(KEY_BLOCK * widest);
+    for start in (0..task.first + task.tokens).step_by(KEY_BLOCK) {
+        for queries in blocks.iter_mut().filter(|block| start < block.end(task)) {
+            queries.add::<A>(task, start, scores);
         }
     }
     for queries in blocks {
+        if !queries.softmax.in_range() {
+            queries.refer_to_largest::<A>(task, scores);
+            for start in (0..queries.end(task)).step_by(KEY_BLOCK) {
+                queries.add::<A>(task, start, scores);
+            }
+        }
         queries.finish::<A>(task, out);
     }
-}
-
-/// `eˣ` of numbers up to zero within a part in 100,000; NaN stays NaN.
-///
-/// Fuses multiplications with additions, so that it is for instruction sets that can.
-#[inline(always)]
-pub(crate) fn fused_exp(x: f32) -> f32 {
-    // Not `max`, which would turn NaN into a number.
-    let x = if x < -87.0 { -87.0 } else { x };
-    let shifted = x.mul_add(LOG2_E, ROUNDING);
-    let r = x.mul_add(LOG2_E, ROUNDING - shifted);
-    let [mut p, rest @ ..] = POWER_OF_TWO;
-    for c in rest {
-        p = p.mul_add(r, c);
-    }
-    p * power_of_two(shifted)
 }
 
 fn lanes<T>(numbers: &[T], first: usize) -> &[T; LANES] {
@@ -341,117 +340,67 @@ fn lanes_mut<T>(numbers: &mut [T], first: usize) -> &mut [T; LANES] {
     numbers[first..].first_chunk_mut().expect("columns come in whole vectors")
 }
 
-/// Turns a vector's width of columns of scores into exponentials relative to the largest score so
-/// far, zero for keys after the query's position, of which there are none unless `MASKED`.
+/// Turns a vector's width of columns of scores into weights, rounded towards zero to bf16, zero for keys
+/// after the query's position, of which there are none unless `MASKED`; and adds them up as they were.
 ///
 /// # Shapes
 /// - `scores`: `[keys, n]`, of which columns `first..first + LANES`; `start` is the first key's position
 #[inline(always)]
-fn softmax_columns<A: Arithmetic, const MASKED: bool>(
+fn weigh_columns<A: Arithmetic, const MASKED: bool>(
     scores: &mut [f32],
     (n, first): (usize, usize),
     start: usize,
     positions: &[u32; LANES],
-    max: &mut [f32; LANES],
-    total: &mut [f32; LANES],
-    correction: &mut [f32; LANES],
+    references: &[f32; LANES],
+    totals: [&mut [f32; LANES]; 2],
 ) {
-    if MASKED {
-        for (j, row) in scores.chunks_exact_mut(n).enumerate() {
-            A::hide(lanes_mut(row, first), positions, (start + j) as u32);
-        }
-    }
     // Copies, which stay in registers.
-    let (mut largest, mut sum) = (*max, *total);
-    for row in scores.chunks_exact(n) {
-        for (largest, score) in largest.iter_mut().zip(lanes(row, first)) {
-            // NaN is passed over here; it comes back through the exponential.
-            *largest = if *score > *largest { *score } else { *largest };
+    let mut sums = totals.each_ref().map(|total| **total);
+    for (j, rows) in scores.chunks_mut(2 * n).enumerate() {
+        for (odd, (row, sum)) in rows.chunks_exact_mut(n).zip(&mut sums).enumerate() {
+            let row = lanes_mut(row, first);
+            if MASKED {
+                A::hide(row, positions, (start + 2 * j + odd) as u32);
+            }
+            for i in 0..LANES {
+                let weight = exp2(row[i] - references[i]);
+                sum[i] += weight;
+                row[i] = f32::from_bits(weight.to_bits() & UPPER_HALF);
+            }
         }
     }
-    for i in 0..LANES {
-        correction[i] = A::exp(max[i] - largest[i]);
-        sum[i] *= correction[i];
-    }
-    for row in scores.chunks_exact_mut(n) {
-        let row = lanes_mut(row, first);
-        for i in 0..LANES {
-            let weight = A::exp(row[i] - largest[i]);
-            // Exponentials are not zero so far down.
-            row[i] = if MASKED && row[i] == f32::NEG_INFINITY { 0.0 } else { weight };
-            sum[i] += row[i];
-        }
-    }
-    (*max, *total) = (largest, sum);
+    totals.into_iter().zip(sums).for_each(|(total, sum)| *total = sum);
 }
 
 thread_local! {
-    /// Buffers of attention in fp32, some 100 KiB per thread.
-    pub(crate) static FP32_SCRATCH: RefCell<AttentionScratch<f32>> = RefCell::default();
+    /// Buffers of attention, some 100 KiB per thread.
+    static SCRATCH: RefCell<AttentionScratch> = RefCell::default();
 }
 
-/// fp32 words: keys, values and columns are read where they are.
-macro_rules! fp32_operands {
-    () => {
-        type Word = f32;
-
-        #[inline(always)]
-        fn keys<'a>(
-            task: &AttentionTask<'a>,
-            start: usize,
-            _len: usize,
-            _buffer: &'a mut Vec<f32>,
-        ) -> Operand<'a, f32> {
-            Operand { words: &task.keys[start * task.stride..], row: task.stride, column: 1 }
-        }
-
-        #[inline(always)]
-        fn values<'a>(
-            task: &AttentionTask<'a>,
-            start: usize,
-            _len: usize,
-            _buffer: &'a mut Vec<f32>,
-        ) -> Operand<'a, f32> {
-            Operand { words: &task.values[start * task.stride..], row: 1, column: task.stride }
-        }
-
-        #[inline(always)]
-        fn pack(_x: &[f32], _n: usize, _words: &mut Vec<f32>) {}
-
-        #[inline(always)]
-        fn packed<'a>(x: &'a [f32], _words: &'a [f32]) -> &'a [f32] {
-            x
-        }
-    };
-}
-pub(crate) use fp32_operands;
-
-/// Portable fp32 arithmetic.
+/// Portable arithmetic.
 pub(crate) struct Portable;
 
 impl Arithmetic for Portable {
-    fp32_operands!();
+    #[inline(always)]
+    fn product<const ADD: bool>(a: &Operand<'_>, b: &[f32], n: usize, c: &mut [f32]) {
+        let depth = b.len() / n;
+        for (i, c) in c.chunks_exact_mut(n).enumerate() {
+            for (column, c) in c.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                let mut sums = if ADD { *c } else { [0.0; LANES] };
+                for start in (0..depth).step_by(STEP) {
+                    let step = start..depth.min(start + STEP);
+                    let left = step.clone().map(|k| a.numbers[i * a.row + k * a.column]);
+                    add_product(&mut sums, left, step.map(|k| lanes(b, k * n + column * LANES)));
+                }
+                *c = sums;
+            }
+        }
+    }
 
     #[inline(always)]
     fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32) {
         for (score, position) in scores.iter_mut().zip(positions) {
             *score = if *position < key { f32::NEG_INFINITY } else { *score };
-        }
-    }
-
-    #[inline(always)]
-    fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
-        for (i, c) in c.chunks_exact_mut(n).enumerate() {
-            for (column, c) in c.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                let mut sums = if ADD { *c } else { [0.0; LANES] };
-                for (k, b) in b.chunks_exact(n).enumerate() {
-                    let a = a.words[i * a.row + k * a.column];
-                    for (sum, b) in sums.iter_mut().zip(lanes(b, column * LANES)) {
-                        *sum += a * b;
-                    }
-                }
-                *c = sums;
-            }
         }
     }
 

@@ -5,13 +5,14 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use crate::{
-    attention::{self, Arithmetic, AttentionTask, FP32_SCRATCH, Operand, fp32_operands, fused_exp},
+    attention::{self, Arithmetic, AttentionTask, Operand},
+    bf16::bf16_product,
     bytes::{byte_matmul, byte_sum},
     dispatch::Kernels,
     isa::Isa,
     pack::PackedMatrix,
     rows::{Excess, QuantizedRows},
-    scalar::{self, LANES},
+    scalar::{self, LANES, SIGNS},
 };
 
 pub(crate) static KERNELS: Kernels = Kernels {
@@ -43,30 +44,36 @@ fn rotate_quantize(x: &mut [f32], block: usize, out: &mut [i8]) -> (f32, i32) {
 /// [`scalar::hadamard`] of one block of 64.
 #[target_feature(enable = "avx2,fma")]
 fn hadamard(x: &mut [f32; 64]) {
-    // SAFETY: the eight loads cover the 64 numbers.
-    let mut r: [__m256; 8] =
-        std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) });
-    for stride in [4, 2, 1] {
-        for a in (0..8).filter(|a| a & stride == 0) {
-            let b = a + stride;
-            (r[a], r[b]) = (_mm256_add_ps(r[a], r[b]), _mm256_sub_ps(r[a], r[b]));
+    // Of each half: sums of even and of odd numbers.
+    let mut sums = [[[_mm256_setzero_ps(); 2]; 2]; 2];
+    for (pair, signs) in SIGNS.iter().enumerate() {
+        // SAFETY: there are 16 signs.
+        let signs = [0, 8].map(|first| unsafe { _mm256_loadu_ps(signs[first..].as_ptr()) });
+        for (half, sums) in sums.iter_mut().enumerate() {
+            for (odd, sums) in sums.iter_mut().enumerate() {
+                let x = _mm256_set1_ps(x[32 * half + 2 * pair + odd]);
+                for (sum, signs) in sums.iter_mut().zip(signs) {
+                    *sum = _mm256_fmadd_ps(x, signs, *sum);
+                }
+            }
         }
     }
-    // Within a register: the lower half of each pair takes a + b, the upper a − b. Multiplying by
-    // ±1 is exact, so that fusing it with the addition changes no rounding.
-    let signs = |stride: i32| {
-        let sign = |lane: i32| if lane & stride == 0 { 1.0 } else { -1.0 };
-        let [a, b, c, d, e, f, g, h] = std::array::from_fn(|lane| sign(lane as i32));
-        _mm256_setr_ps(a, b, c, d, e, f, g, h)
-    };
-    for r in &mut r {
-        *r = _mm256_fmadd_ps(*r, signs(4), _mm256_permute2f128_ps::<1>(*r, *r));
-        *r = _mm256_fmadd_ps(*r, signs(2), _mm256_permute_ps::<0b01_00_11_10>(*r));
-        *r = _mm256_fmadd_ps(*r, signs(1), _mm256_permute_ps::<0b10_11_00_01>(*r));
-    }
-    for (i, r) in r.into_iter().enumerate() {
-        // SAFETY: the eight stores cover the 64 numbers.
-        unsafe { _mm256_storeu_ps(x.as_mut_ptr().add(8 * i), r) };
+    for part in 0..2 {
+        let [low, high] = sums.map(|[even, odd]| {
+            let sum = _mm256_add_ps(even[part], odd[part]);
+            let difference = _mm256_sub_ps(even[part], odd[part]);
+            let a = _mm256_unpacklo_ps(sum, difference);
+            let b = _mm256_unpackhi_ps(sum, difference);
+            [_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)]
+        });
+        for (i, (low, high)) in low.into_iter().zip(high).enumerate() {
+            let place = 16 * part + 8 * i;
+            // SAFETY: there are 8 numbers from each place on.
+            unsafe {
+                _mm256_storeu_ps(x[place..].as_mut_ptr(), _mm256_add_ps(low, high));
+                _mm256_storeu_ps(x[32 + place..].as_mut_ptr(), _mm256_sub_ps(low, high));
+            }
+        }
     }
 }
 
@@ -74,7 +81,7 @@ scalar::compile_for!("avx2,fma");
 
 #[target_feature(enable = "avx2,fma")]
 fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
-    FP32_SCRATCH.with_borrow_mut(|scratch| attention::attention::<Fma>(task, scratch, out));
+    attention::attention::<Fma>(task, out);
 }
 
 /// Zeroes the second input of every pair whose product with two weights might not fit 16 bits, and
@@ -120,7 +127,7 @@ fn dot(sum: __m256i, weights: __m256i, four: __m256i) -> __m256i {
 
 // 5 rows of 2 registers use 10 of 16 registers for sums; a sixth would leave none for the parts of `dot`.
 byte_matmul! {
-    features: "avx2",
+    features: "avx2,fma",
     outputs: 8,
     rows: 1 2 3 4 5,
     zero: _mm256_setzero_si256,
@@ -132,7 +139,7 @@ byte_matmul! {
     splat_float: _mm256_set1_ps,
     load_float: _mm256_loadu_ps,
     multiply: _mm256_mul_ps,
-    add: _mm256_add_ps,
+    multiply_add: _mm256_fmadd_ps,
     store_float: _mm256_storeu_ps,
 }
 
@@ -146,14 +153,12 @@ byte_sum! {
     dot: dot,
 }
 
-/// fp32 arithmetic of attention.
+/// Attention's products, of which each instruction makes 8.
 struct Fma;
 
 impl Arithmetic for Fma {
-    fp32_operands!();
-
     #[inline(always)]
-    fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
+    fn product<const ADD: bool>(a: &Operand<'_>, b: &[f32], n: usize, c: &mut [f32]) {
         // SAFETY: only this file's `attention` uses this type, on a CPU with AVX2 and FMA.
         unsafe { product::<ADD>(a, b, n, c) }
     }
@@ -162,11 +167,6 @@ impl Arithmetic for Fma {
     fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32) {
         // SAFETY: as above.
         unsafe { hide(scores, positions, key) }
-    }
-
-    #[inline(always)]
-    fn exp(x: f32) -> f32 {
-        fused_exp(x)
     }
 
     #[inline(always)]
@@ -201,67 +201,18 @@ fn hide(scores: &mut [f32; LANES], positions: &[u32; LANES], key: u32) {
     }
 }
 
-/// [`Arithmetic::product`] in tiles of up to 6 rows by 16 columns.
-#[target_feature(enable = "avx2,fma")]
-fn product<const ADD: bool>(a: &Operand<'_, f32>, b: &[f32], n: usize, c: &mut [f32]) {
-    let rows = c.len() / n;
-    let mut row = 0;
-    while row < rows {
-        let height = (rows - row).min(6);
-        let left = Operand { words: &a.words[row * a.row..], ..*a };
-        for column in (0..n).step_by(LANES) {
-            let (b, c) = (&b[column..], &mut c[row * n + column..]);
-            match height {
-                1 => product_tile::<ADD, 1>(&left, b, n, c),
-                2 => product_tile::<ADD, 2>(&left, b, n, c),
-                3 => product_tile::<ADD, 3>(&left, b, n, c),
-                4 => product_tile::<ADD, 4>(&left, b, n, c),
-                5 => product_tile::<ADD, 5>(&left, b, n, c),
-                _ => product_tile::<ADD, 6>(&left, b, n, c),
-            }
-        }
-        row += height;
-    }
-}
-
-/// `R` rows by 16 columns.
-#[target_feature(enable = "avx2,fma")]
-fn product_tile<const ADD: bool, const R: usize>(
-    a: &Operand<'_, f32>,
-    b: &[f32],
-    n: usize,
-    c: &mut [f32],
-) {
-    // `b` starts at a column: its last row is short.
-    let depth = b.len().div_ceil(n);
-    assert!(depth > 0 && a.words.len() > (R - 1) * a.row + (depth - 1) * a.column);
-    assert!(b.len() >= (depth - 1) * n + LANES && c.len() >= (R - 1) * n + LANES);
-    // SAFETY: every access is within the bounds asserted above.
-    unsafe {
-        let mut sums = [[_mm256_setzero_ps(); 2]; R];
-        if ADD {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm256_loadu_ps(c.as_ptr().add(r * n + p * 8));
-                }
-            }
-        }
-        for k in 0..depth {
-            let b = b.as_ptr().add(k * n);
-            let columns = [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))];
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let a = _mm256_set1_ps(*a.words.as_ptr().add(r * a.row + k * a.column));
-                for (sum, column) in sums.iter_mut().zip(columns) {
-                    *sum = _mm256_fmadd_ps(a, column, *sum);
-                }
-            }
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            for (p, sum) in sums.iter().enumerate() {
-                _mm256_storeu_ps(c.as_mut_ptr().add(r * n + p * 8), *sum);
-            }
-        }
-    }
+// 6 rows of 2 registers use 12 of 16 registers for sums.
+bf16_product! {
+    features: "avx2,fma",
+    numbers: 8,
+    rows: 1 2 3 4 5 6,
+    registers: 2,
+    zero: _mm256_setzero_ps,
+    splat: _mm256_set1_ps,
+    load: _mm256_loadu_ps,
+    multiply_add: _mm256_fmadd_ps,
+    add: _mm256_add_ps,
+    store: _mm256_storeu_ps,
 }
 
 /// [`scalar::transpose`] in blocks of 8 by 8.

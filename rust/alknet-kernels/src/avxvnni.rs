@@ -17,7 +17,7 @@ pub(crate) static KERNELS: Kernels =
 
 // 6 rows of 2 registers use 12 of 16 registers for sums.
 byte_matmul! {
-    features: "avx2,avxvnni",
+    features: "avx2,fma,avxvnni",
     outputs: 8,
     rows: 1 2 3 4 5 6,
     zero: _mm256_setzero_si256,
@@ -29,7 +29,7 @@ byte_matmul! {
     splat_float: _mm256_set1_ps,
     load_float: _mm256_loadu_ps,
     multiply: _mm256_mul_ps,
-    add: _mm256_add_ps,
+    multiply_add: _mm256_fmadd_ps,
     store_float: _mm256_storeu_ps,
 }
 

@@ -25,7 +25,7 @@ macro_rules! byte_matmul {
         splat_float: $splat_float:ident,
         load_float: $load_float:ident,
         multiply: $multiply:ident,
-        add: $add:ident,
+        multiply_add: $multiply_add:ident,
         store_float: $store_float:ident,
     ) => {
         /// [`crate::scalar::matmul`] in tiles of rows by two registers of outputs.
@@ -126,9 +126,8 @@ macro_rules! byte_matmul {
                     // SAFETY: the three slices are as long as a register.
                     unsafe {
                         let product = $multiply($convert(*sum), row_scale);
-                        let product = $multiply(product, $load_float(scale.as_ptr()));
-                        let product = $add(product, $load_float(bias.as_ptr()));
-                        $store_float(out.as_mut_ptr(), product);
+                        let (scale, bias) = ($load_float(scale.as_ptr()), $load_float(bias.as_ptr()));
+                        $store_float(out.as_mut_ptr(), $multiply_add(product, scale, bias));
                     }
                 }
             }
@@ -166,27 +165,30 @@ macro_rules! byte_sum {
             sums: &mut [[$register; P]; R],
         ) {
             let stride = q.len() / R;
-            assert!(stride.is_multiple_of(4) && weights.len() >= P * $outputs * stride);
+            assert!(stride.is_multiple_of(8) && weights.len() >= P * $outputs * stride);
             let (q, bytes) = (q.as_ptr(), weights.as_ptr());
-            for k in (0..stride).step_by(4) {
-                let weights: [_; P] = std::array::from_fn(|p| {
-                    let at = p * $outputs / LANES * LANES * stride
-                        + p * $outputs % LANES * 4
-                        + k * LANES;
-                    // SAFETY: a prefetch of any address is harmless.
-                    #[allow(unused_unsafe, reason = "prefetching is unsafe in older compilers")]
-                    unsafe {
-                        _mm_prefetch::<_MM_HINT_T0>(fetch.as_ptr().wrapping_add(at).cast());
-                    }
-                    // SAFETY: there are as many bytes, as asserted.
-                    unsafe { $load(bytes.add(at).cast()) }
-                });
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: row `r` has `stride` bytes, and k ≤ stride − 4.
-                    let four = unsafe { q.add(r * stride + k).cast::<i32>().read_unaligned() };
-                    let four = $splat(four);
-                    for (sum, weights) in sums.iter_mut().zip(weights) {
-                        *sum = $dot(*sum, weights, four);
+            // Two words a turn: with one or with four, the units that multiply wait for each other.
+            for start in (0..stride).step_by(8) {
+                for k in [start, start + 4] {
+                    let weights: [_; P] = std::array::from_fn(|p| {
+                        let at = p * $outputs / LANES * LANES * stride
+                            + p * $outputs % LANES * 4
+                            + k * LANES;
+                        // SAFETY: a prefetch of any address is harmless.
+                        #[allow(unused_unsafe, reason = "prefetching is unsafe in older compilers")]
+                        unsafe {
+                            _mm_prefetch::<_MM_HINT_T0>(fetch.as_ptr().wrapping_add(at).cast());
+                        }
+                        // SAFETY: there are as many bytes, as asserted.
+                        unsafe { $load(bytes.add(at).cast()) }
+                    });
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        // SAFETY: row `r` has `stride` bytes, and k ≤ stride − 4.
+                        let four = unsafe { q.add(r * stride + k).cast::<i32>().read_unaligned() };
+                        let four = $splat(four);
+                        for (sum, weights) in sums.iter_mut().zip(weights) {
+                            *sum = $dot(*sum, weights, four);
+                        }
                     }
                 }
             }

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
-use crate::{amx, avx2, avx512, avx512bf16, avxvnni};
+use crate::{amx, avx2, avx512, avxvnni};
 use crate::{
-    attention::{AttentionTask, FP32_SCRATCH, Portable, attention},
+    attention::{AttentionTask, Portable, attention},
     isa::{Isa, UnsupportedIsa},
     keys::BlockShape,
     ops::Heads,
@@ -156,9 +156,7 @@ static SCALAR: Kernels = Kernels {
     add_tile: scalar::finish_linear::<true>,
     finish_gate_up: scalar::finish_gate_up,
     finish_qkv: scalar::finish_qkv,
-    attention: |task, out| {
-        FP32_SCRATCH.with_borrow_mut(|scratch| attention::<Portable>(task, scratch, out));
-    },
+    attention: |task, out| attention::<Portable>(task, out),
     tiles: None,
 };
 
@@ -175,8 +173,6 @@ impl Kernels {
         Ok(match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Amx => &amx::KERNELS,
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => &avx512bf16::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]

@@ -5,12 +5,12 @@ use std::ops::Range;
 use crate::{lines::Lines, ops::Heads, pool::Shared};
 
 /// Result of the joint projection: rows of `[num_attention_heads + 2 · num_key_value_heads, head_dim]`,
-/// in fp32 or in bf16 as the kernels want them.
+/// bf16 numbers in fp32 or not, as the kernels want them; queries are scaled by `log₂ e / √head_dim`.
 #[derive(Debug, Default)]
 pub struct Projection {
-    /// `[rows, qkv_width]`.
-    pub(crate) numbers: Vec<f32>,
-    /// `[rows, heads, BlockShape::row]`, bf16; queries are scaled by `log₂ e`, heads filled with zeros.
+    /// `[rows, qkv_width]`, or longer.
+    pub(crate) numbers: Lines<f32>,
+    /// `[rows, heads, BlockShape::row]`, heads filled with zeros; or longer.
     pub(crate) words: Lines<u16>,
 }
 

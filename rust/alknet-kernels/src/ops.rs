@@ -116,19 +116,15 @@ impl Heads {
     }
 
     /// What a head of the joint projection is multiplied by after its rotation; nothing for values,
-    /// which are not rotated.
+    /// which are not rotated. Attention takes powers of two in place of `e`.
     pub(crate) fn scale(&self, head: usize) -> Option<f32> {
         match head {
-            _ if head < self.num_attention_heads => Some(1.0 / (self.head_dim as f32).sqrt()),
+            _ if head < self.num_attention_heads => {
+                Some(1.0 / (self.head_dim as f32).sqrt() * LOG2_E)
+            }
             _ if head < self.num_attention_heads + self.num_key_value_heads => Some(1.0),
             _ => None,
         }
-    }
-
-    /// [`Heads::scale`] for attention that takes powers of two instead of `e`.
-    pub(crate) fn scale_base_two(&self, head: usize) -> Option<f32> {
-        let query = head < self.num_attention_heads;
-        self.scale(head).map(|scale| if query { scale * LOG2_E } else { scale })
     }
 
     /// Outputs of one head in the packed joint projection.
@@ -308,7 +304,7 @@ impl Pass {
             if self.kernels.tiles.is_some() {
                 x.widen();
             }
-            self.quantize(&mut x.numbers, width, out);
+            self.quantize(&mut x.numbers[..rows * width], width, out);
         }
     }
 
@@ -451,8 +447,7 @@ impl Pass {
         });
     }
 
-    /// The joint projection; queries and keys are rotated, queries also scaled by `1/√head_dim`,
-    /// and in bf16 by `log₂ e`.
+    /// The joint projection; queries and keys are rotated, queries also scaled by `log₂ e / √head_dim`.
     ///
     /// # Shapes
     /// - `w`: every head fills [`Heads::packed_head`] outputs
@@ -478,7 +473,7 @@ impl Pass {
             return;
         }
         let scales: Vec<_> = (0..heads.all()).map(|head| heads.scale(head)).collect();
-        out.numbers.resize(x.rows() * heads.qkv_width(), 0.0);
+        out.numbers.grow(x.rows() * heads.qkv_width());
         let out = Shared::new(&mut out.numbers);
         self.for_tiles(x, w, padded / LANES, |rows, panels, tile| {
             let within = panels.start * LANES / padded..panels.end * LANES / padded;

@@ -37,17 +37,17 @@ pub(crate) const TILE_DEPTH: usize = 32;
 /// Numbers of a tile.
 pub(crate) const TILE_WORDS: usize = TILE_ROWS * TILE_DEPTH;
 
-/// What attention, or gate and up, leave for the product after them: in fp32, or in bf16 as the kernels
-/// want it.
+/// What attention, or gate and up, leave for the product after them: bf16 numbers in fp32, or in tiles, as the
+/// kernels want them.
 ///
 /// # Shapes
-/// - `numbers`: `[rows, width]`
-/// - `words`: `[rows / 16, width / 32, 16, 32]`, both rounded up: tiles
+/// - `numbers`: `[rows, width]`, or longer
+/// - `words`: `[rows / 16, width / 32, 16, 32]`, both rounded up: tiles; or longer
 #[derive(Debug, Default)]
 pub struct Intermediate {
     pub(crate) rows: usize,
     pub(crate) width: usize,
-    pub(crate) numbers: Vec<f32>,
+    pub(crate) numbers: Lines<f32>,
     pub(crate) words: Lines<u16>,
 }
 
@@ -58,7 +58,7 @@ impl Intermediate {
         if tiles {
             self.words.grow(rows.next_multiple_of(TILE_ROWS) * Self::padded(width));
         } else {
-            self.numbers.resize(rows * width, 0.0);
+            self.numbers.grow(rows * width);
         }
     }
 
@@ -78,12 +78,11 @@ impl Intermediate {
 
     /// Fills `numbers` from tiles.
     pub(crate) fn widen(&mut self) {
-        let places =
-            (0..self.rows).flat_map(|row| (0..self.width).map(move |column| (row, column)));
-        let place = |(row, column)| Self::place(self.width, row, column);
-        let number = |word: u16| f32::from_bits(u32::from(word) << 16);
-        self.numbers.clear();
-        self.numbers.extend(places.map(|at| number(self.words[place(at)])));
+        self.numbers.grow(self.rows * self.width);
+        for (i, number) in self.numbers[..self.rows * self.width].iter_mut().enumerate() {
+            let word = self.words[Self::place(self.width, i / self.width, i % self.width)];
+            *number = f32::from_bits(u32::from(word) << 16);
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! What every kernel computes: the specification, and the code for CPUs without kernels of their own.
 //!
 //! Functions are `#[inline(always)]`, so that `avx2.rs` and `avx512.rs` compile the same source for
-//! their instruction set. No multiplication is fused with an addition here, and sums run over
-//! [`LANES`] partial sums, so that all instruction sets round alike.
+//! their instruction set. Every sum has one order and every fused step is written as such, so that all
+//! instruction sets give the same bits: those of AMX, whose products of bf16 numbers cannot be had in
+//! another order (see [`add_product`]). Products of two bf16 numbers are exact in fp32, so that it does
+//! not matter there whether they are fused with the addition.
 
 use std::ops::Range;
 
@@ -28,22 +30,75 @@ pub(crate) fn hadamard_block(width: usize) -> usize {
 
 /// Multiplies every block of `x` by the (unnormalised, symmetric) Hadamard matrix of that size.
 ///
-/// Fast Walsh–Hadamard transform, widest stride first.
+/// Blocks of 64 are summed up as tiles do (see [`add_product`]): halves by the matrix of 32, then their sum and
+/// difference. Smaller ones by the fast Walsh–Hadamard transform.
 #[inline(always)]
 pub(crate) fn hadamard(x: &mut [f32], block: usize) {
     for x in x.chunks_exact_mut(block) {
         let mut stride = block / 2;
+        if let Ok(x) = x.try_into() {
+            let x: &mut [f32; HADAMARD_MAX] = x;
+            x.as_chunks_mut().0.iter_mut().for_each(hadamard_32);
+            stride = 0;
+            butterflies(x, HADAMARD_MAX / 2);
+        }
         while stride > 0 {
-            for pair in x.chunks_exact_mut(2 * stride) {
-                let (low, high) = pair.split_at_mut(stride);
-                for (a, b) in low.iter_mut().zip(high) {
-                    (*a, *b) = (*a + *b, *a - *b);
-                }
-            }
+            butterflies(x, stride);
             stride /= 2;
         }
     }
 }
+
+/// Sums and differences of numbers that stand `stride` apart.
+#[inline(always)]
+fn butterflies(x: &mut [f32], stride: usize) {
+    for pair in x.chunks_exact_mut(2 * stride) {
+        let (low, high) = pair.split_at_mut(stride);
+        for (a, b) in low.iter_mut().zip(high) {
+            (*a, *b) = (*a + *b, *a - *b);
+        }
+    }
+}
+
+/// Multiplies 32 numbers by the Hadamard matrix: those at even and at odd places each in turn.
+#[inline(always)]
+fn hadamard_32(x: &mut [f32; 32]) {
+    let mut sums = [[0.0; LANES]; 2];
+    for (pair, signs) in x.as_chunks::<2>().0.iter().zip(&SIGNS) {
+        for (sums, x) in sums.iter_mut().zip(pair) {
+            sums.iter_mut().zip(signs).for_each(|(sum, sign)| *sum += x * sign);
+        }
+    }
+    // Columns of the matrix differ in pairs by the sign of odd rows alone.
+    let [even, odd] = sums;
+    for (out, (even, odd)) in x.as_chunks_mut().0.iter_mut().zip(even.iter().zip(odd)) {
+        *out = [even + odd, even - odd];
+    }
+}
+
+/// The Hadamard matrix of 16.
+pub(crate) static SIGNS: [[f32; LANES]; LANES] = {
+    let mut signs = [[1.0; LANES]; LANES];
+    let mut i = 0;
+    while i < LANES * LANES {
+        if ((i / LANES) & (i % LANES)).count_ones() % 2 == 1 {
+            signs[i / LANES][i % LANES] = -1.0;
+        }
+        i += 1;
+    }
+    signs
+};
+
+/// The nearest bf16 number, the even one of two; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & UPPER_HALF;
+    if x.is_nan() { x } else { f32::from_bits(nearest) }
+}
+
+/// The bits of a bf16 number in those of an fp32 number.
+pub(crate) const UPPER_HALF: u32 = 0xffff_0000;
 
 /// Rounds `x` to 8 bits: `x ≈ scale · q` with `|q| ≤ 127`; returns the scale and `Σ q`.
 ///
@@ -83,23 +138,30 @@ pub(crate) fn steps(largest: u32) -> Option<(f32, f32)> {
 /// `1.5 · 2²³`: the unit in the last place is 1, for negative numbers too.
 pub(crate) const ROUNDING: f32 = 12_582_912.0;
 
-/// RMSNorm: `out = x / √(mean(x²) + eps) · weight`.
+/// RMSNorm in bf16: `out = x / √(mean(x²) + eps) · weight`.
 #[inline(always)]
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let mut lanes = [0.0f32; LANES];
-    let mut blocks = x.chunks_exact(LANES);
-    for block in &mut blocks {
-        for (sum, x) in lanes.iter_mut().zip(block) {
-            *sum += x * x;
+    let factor = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = bf16(x * factor * weight);
+    }
+}
+
+/// `Σ x²` over four times [`LANES`] partial sums.
+#[inline(always)]
+fn sum_of_squares(x: &[f32]) -> f32 {
+    let mut sums = [[0.0f32; LANES]; 4];
+    let (blocks, rest) = x.as_chunks::<{ 4 * LANES }>();
+    for block in blocks {
+        for (sums, x) in sums.iter_mut().zip(block.as_chunks::<LANES>().0) {
+            sums.iter_mut().zip(x).for_each(|(sum, x)| *sum = x.mul_add(*x, *sum));
         }
     }
-    for (sum, x) in lanes.iter_mut().zip(blocks.remainder()) {
-        *sum += x * x;
+    for (sum, x) in sums.as_flattened_mut().iter_mut().zip(rest) {
+        *sum = x.mul_add(*x, *sum);
     }
-    let factor = 1.0 / (sum_lanes(lanes) / x.len() as f32 + eps).sqrt();
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * factor * weight;
-    }
+    let [a, b, c, d] = sums;
+    sum_lanes(std::array::from_fn(|i| (a[i] + b[i]) + (c[i] + d[i])))
 }
 
 /// Sum of partial sums, pairwise.
@@ -115,60 +177,48 @@ fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// `eˣ` within 2 units in the last place; arguments beyond ±87 are clamped, NaN stays NaN.
-///
-/// Source: Cephes `expf` (Moshier), with a reduction that vectorises.
+/// `2ˣ` within a part in 579, less than rounding to bf16 costs. Zero up to −127, infinite from 128 on; NaN stays NaN.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
-    const LN_2_HIGH: f32 = 0.693_359_4;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
-    let x = clamp(x);
-    let shifted = x * std::f32::consts::LOG2_E + ROUNDING;
-    let n = shifted - ROUNDING;
-    let r = x - n * LN_2_HIGH - n * LN_2_LOW;
-    let mut p = 1.987_569_1e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p * r + c;
-    }
-    (p * r * r + r + 1.0) * power_of_two(shifted)
-}
-
-/// `eˣ` within a part in 50,000, clamped as [`exp`]: enough for what is rounded to 8 bits afterwards.
-#[inline(always)]
-pub(crate) fn short_exp(x: f32) -> f32 {
-    let x = clamp(x) * std::f32::consts::LOG2_E;
+pub(crate) fn exp2(x: f32) -> f32 {
+    // Not `clamp`, which is more than one instruction a side.
+    let x = if x < -127.0 { -127.0 } else { x };
+    let x = if x > 128.0 { 128.0 } else { x };
     let shifted = x + ROUNDING;
     let r = x - (shifted - ROUNDING);
-    let [mut p, rest @ ..] = POWER_OF_TWO;
-    for c in rest {
-        p = p * r + c;
-    }
-    p * power_of_two(shifted)
+    let [a, b, c] = EXP2;
+    let p = a.mul_add(r, b).mul_add(r, c);
+    // What was added is in the lowest bits; those of ROUNDING itself are shifted out.
+    p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
 }
 
-/// Coefficients of `2ʳ`, highest power first, for `|r| ≤ ½`: off by 3 parts in a million (fitted for the
-/// least relative error, with no error at zero).
-pub(crate) const POWER_OF_TWO: [f32; 5] =
-    [9.582_85e-3, 5.590_643e-2, 2.402_41e-1, 6.931_242e-1, 1.0];
+/// Coefficients of a polynomial near `2ʳ` for `|r| ≤ ½`, highest power first: the least relative error.
+pub(crate) const EXP2: [f32; 3] = [0.238_428_97, 0.703_448, 1.000_443_1];
 
-/// What exponentials take; unlike `f32::clamp` one instruction a side.
+/// Bits from which those of a number are taken for its reciprocal, within a part in 19.
+pub(crate) const RECIPROCAL: u32 = 0x7ef3_11c7;
+
+/// One, and half of the largest error that a step of Newton's leaves of such a reciprocal, which is always too small.
+pub(crate) const STEP_TO: f32 = 1.001_31;
+
+/// Largest exponent of what [`reciprocal`] takes.
+pub(crate) const MOST: f32 = 64.0;
+
+/// `1 / x` within a part in 750, of numbers from 1 to `2⁶⁵`; NaN stays NaN.
+///
+/// Not the CPU's own, which is another one with every maker; a division takes longer than all else
+/// about a gate.
 #[inline(always)]
-fn clamp(x: f32) -> f32 {
-    let x = if x < -87.0 { -87.0 } else { x };
-    if x > 87.0 { 87.0 } else { x }
+pub(crate) fn reciprocal(x: f32) -> f32 {
+    let guess = f32::from_bits(RECIPROCAL.wrapping_sub(x.to_bits()));
+    guess.mul_add((-x).mul_add(guess, STEP_TO), guess)
 }
 
-/// `2ⁿ` from `n` + [`ROUNDING`].
+/// `SiLU(gate) · up` within a part in 330, in bf16.
 #[inline(always)]
-pub(crate) fn power_of_two(shifted: f32) -> f32 {
-    // The bits of ROUNDING itself are shifted out.
-    f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
-}
-
-/// `SiLU(gate) · up`.
-#[inline(always)]
-fn silu_mul(gate: f32, up: f32) -> f32 {
-    gate / (1.0 + short_exp(-gate)) * up
+pub(crate) fn silu_mul(gate: f32, up: f32) -> f32 {
+    let x = gate * -std::f32::consts::LOG2_E;
+    let x = if x > MOST { MOST } else { x };
+    bf16(gate * up * reciprocal(1.0 + exp2(x)))
 }
 
 /// Where a tile of a product's result goes: rows `stride` apart, the first of them at `start`.
@@ -235,7 +285,7 @@ pub(crate) unsafe fn finish_gate_up(tile: &[f32], columns: usize, width: usize, 
     }
 }
 
-/// Rotates heads of queries and keys and copies those of values.
+/// Rotates heads of queries and keys, and rounds them and those of values to bf16.
 ///
 /// # Shapes
 /// - `tile`: `[rows, heads.scales.len() · padded]`; `angles`: `[rows, head_dim]`
@@ -259,7 +309,7 @@ pub(crate) unsafe fn finish_qkv(
         for ((head, out), scale) in numbers.zip(heads.scales) {
             match scale {
                 Some(scale) => rope(&head[..dim], cos, sin, *scale, out),
-                None => copy(&head[..dim], out),
+                None => for_lanes(out, &head[..dim], |_, x| bf16(x)),
             }
         }
     }
@@ -290,7 +340,7 @@ pub(crate) fn copy(x: &[f32], out: &mut [f32]) {
     for_lanes(out, x, |_, x| x);
 }
 
-/// Rotates one head (pairs `i`, `i + head_dim/2`) and multiplies it by `scale`.
+/// Rotates one head (pairs `i`, `i + head_dim/2`), multiplies it by `scale` and rounds it to bf16.
 ///
 /// # Shapes
 /// - `x`, `out`: `[head_dim]`; `cos`, `sin`: `[head_dim / 2]`
@@ -300,7 +350,8 @@ fn rope(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [f32]) {
     let (low_out, high_out) = out.split_at_mut(cos.len());
     let numbers = low.iter().zip(high).zip(cos.iter().zip(sin));
     for (((a, b), (cos, sin)), (x, y)) in numbers.zip(low_out.iter_mut().zip(high_out)) {
-        (*x, *y) = ((a * cos - b * sin) * scale, (b * cos + a * sin) * scale);
+        let (cos, sin) = (cos * scale, sin * scale);
+        (*x, *y) = (bf16(a.mul_add(cos, -(b * sin))), bf16(b.mul_add(cos, a * sin)));
     }
 }
 
@@ -375,9 +426,31 @@ pub(crate) fn matmul(
             }
             let (scales, bias) = (w.scales(panel), w.bias(panel));
             for (i, out) in out.iter_mut().enumerate() {
-                *out = sums[i] as f32 * x.scales[row] * scales[i] + bias[i];
+                *out = (sums[i] as f32 * x.scales[row]).mul_add(scales[i], bias[i]);
             }
         }
+    }
+}
+
+/// Depth of one step of a product of bf16 numbers, that of a tile.
+pub(crate) const STEP: usize = 32;
+
+/// `sum + a · b` for one step of up to [`STEP`] bf16 numbers: those at even and at odd places are each added
+/// up in turn, then both sums, then that to what was there. Tiles do so.
+///
+/// Source: `TDPBF16PS` in Intel's Architectures Software Developer's Manual.
+#[inline(always)]
+pub(crate) fn add_product<'a>(
+    sum: &mut [f32; LANES],
+    a: impl Iterator<Item = f32>,
+    b: impl Iterator<Item = &'a [f32; LANES]>,
+) {
+    let mut sums = [[0.0; LANES]; 2];
+    for (k, (a, b)) in a.zip(b).enumerate() {
+        sums[k % 2].iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
+    }
+    for (sum, (even, odd)) in sum.iter_mut().zip(sums[0].iter().zip(sums[1])) {
+        *sum += even + odd;
     }
 }
 

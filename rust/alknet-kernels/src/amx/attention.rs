@@ -3,20 +3,15 @@
 //! The steps are those of [`crate::attention`]: queries stand in columns, so that the softmax runs over whole
 //! registers of them. Here a column is a token and one of the query heads that share keys and values; 32
 //! columns go through all blocks of keys, and all that belongs to them stays in the first-level cache.
-//!
-//! Queries are scaled so that the weight of a score `s` is `2ˢ⁻ʳ`. The reference `r` is zero, and no
-//! maximum is looked for: fp32 and bf16 hold the weights of all scores that a trained model has. Where the
-//! weights of a column sum up to what is not [`IN_RANGE`], its largest score becomes the reference, and all
-//! is computed once more.
 
-use std::{arch::x86_64::*, array, cell::RefCell, ops::RangeInclusive};
+use std::{arch::x86_64::*, array, cell::RefCell};
 
 use super::{
-    power_of_two,
+    INTERLEAVE, exp2,
     tiles::{ROW_BYTES, ROWS, TILE_BYTES, Tiles, tile_asm},
 };
 use crate::{
-    avx512bf16::INTERLEAVE,
+    attention::{IN_RANGE, ROUNDED},
     dispatch::{StoreValues, TileAttention},
     keys::{BLOCK, GROUP},
     rows::Intermediate,
@@ -25,13 +20,6 @@ use crate::{
 
 /// Columns that go through all keys together: two tiles.
 pub(super) const COLUMNS: usize = 2 * LANES;
-
-/// Sums of weights without a loss that matters: weights below `2⁻¹²⁶` become zero, those from `2¹²⁸` on infinite.
-const IN_RANGE: RangeInclusive<f32> = 1e-18..=1e18;
-
-/// What is left of a weight rounded towards zero to bf16, on average: of mantissas whose logarithms are
-/// evenly spread.
-const ROUNDED: f32 = 1.0 - 1.0 / 354.9;
 
 /// A register of fp32 numbers in memory.
 #[derive(Clone, Copy)]
@@ -471,14 +459,6 @@ unsafe fn multiply<const ADD: bool>(
             product!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",);
         }
     }
-}
-
-/// `2ˣ` within a part in 570, less than rounding to bf16 costs; NaN stays NaN.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn exp2(x: __m512) -> __m512 {
-    // The least relative error.
-    power_of_two(x, 0.337_189_43, [0.657_636_3, 1.001_724_8])
 }
 
 /// Pairs of bf16 numbers, rounded towards zero.

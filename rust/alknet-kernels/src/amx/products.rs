@@ -59,10 +59,10 @@ struct Block<'a> {
 
 impl Block<'_> {
     /// Calls `finish(row, numbers)` for the outputs of every row, 16 of each panel: `sum · row scale ·
-    /// scale + bias`, rounded after each step as [`crate::scalar::matmul`] does, or in the end when `FUSED`.
+    /// scale + bias`, as [`scalar::matmul`] makes them.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn for_rows<const FUSED: bool>(&self, mut finish: impl FnMut(usize, [__m512; PAIR])) {
+    fn for_rows(&self, mut finish: impl FnMut(usize, [__m512; PAIR])) {
         let (x, w) = (self.product.x, self.product.w);
         // SAFETY: panels have 16 scales and biases.
         let load = |numbers: &[f32; LANES]| unsafe { _mm512_loadu_ps(numbers.as_ptr()) };
@@ -79,11 +79,7 @@ impl Block<'_> {
                 // SAFETY: there are 16 sums.
                 let sum = unsafe { _mm512_loadu_si512(sums[p].as_ptr().cast()) };
                 let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), row_scale);
-                if FUSED {
-                    _mm512_fmadd_ps(sum, scales[p], biases[p])
-                } else {
-                    _mm512_add_ps(_mm512_mul_ps(sum, scales[p]), biases[p])
-                }
+                _mm512_fmadd_ps(sum, scales[p], biases[p])
             });
             finish(self.rows.start + r, numbers);
         }
@@ -327,7 +323,7 @@ pub(super) fn matmul(
     let (first_row, first_panel, columns) = (rows.start, panels.start, panels.len() * LANES);
     let pair = |i| neighbours(&panels, i);
     for_blocks(&Product { x, rows, w, panels: panels.clone(), next: &[] }, pair, |block| {
-        block.for_rows::<false>(|row, numbers| {
+        block.for_rows(|row, numbers| {
             for (panel, x) in block.panels.into_iter().zip(numbers) {
                 let first = (row - first_row) * columns + (panel - first_panel) * LANES;
                 // SAFETY: the slice has 16 numbers.
@@ -354,7 +350,7 @@ pub(super) unsafe fn linear<const ADD: bool>(
             let [first, second] = block.panels.map(|panel| panel * LANES);
             let len = (second + LANES).min(width) - first;
             let masks = [lanes_mask(len), lanes_mask(len.saturating_sub(LANES))];
-            block.for_rows::<false>(|row, numbers| {
+            block.for_rows(|row, numbers| {
                 // SAFETY: this function's contract; the masks leave the `len` numbers of the range.
                 unsafe {
                     let out = out.range(row * width + first, len).as_mut_ptr();
@@ -387,7 +383,7 @@ pub(super) unsafe fn gate_up(product: &Product<'_>, width: usize, out: &Shared<u
         |i| neighbours(&product.panels, i),
         |block| {
             let first = block.panels[0] / 2 * LANES;
-            block.for_rows::<true>(|row, [gate, up]| {
+            block.for_rows(|row, [gate, up]| {
                 // SAFETY: this function's contract; any pattern is a row of bf16 numbers.
                 unsafe {
                     let out = out.range(Intermediate::place(width, row, first), LANES);
@@ -400,12 +396,19 @@ pub(super) unsafe fn gate_up(product: &Product<'_>, width: usize, out: &Shared<u
     );
 }
 
-/// `SiLU(gate) · up` within a part in 6,000.
+/// [`scalar::silu_mul`], before it is rounded.
 #[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
+#[target_feature(enable = "avx512f")]
 fn silu_mul(gate: __m512, up: __m512) -> __m512 {
-    let exp = super::exp2(_mm512_mul_ps(gate, _mm512_set1_ps(-std::f32::consts::LOG2_E)));
-    let inverse = _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0), exp));
+    let one = _mm512_set1_ps(1.0);
+    let x = _mm512_mul_ps(gate, _mm512_set1_ps(-std::f32::consts::LOG2_E));
+    // The second one where it is NaN.
+    let x = _mm512_min_ps(_mm512_set1_ps(scalar::MOST), x);
+    let x = _mm512_add_ps(one, super::exp2(x));
+    let bits = _mm512_set1_epi32(scalar::RECIPROCAL as i32);
+    let guess = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_castps_si512(x)));
+    let step = _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(scalar::STEP_TO));
+    let inverse = _mm512_fmadd_ps(guess, step, guess);
     _mm512_mul_ps(_mm512_mul_ps(gate, up), inverse)
 }
 
@@ -434,9 +437,9 @@ pub(super) unsafe fn qkv(product: &Product<'_>, heads: &Heads, angles: &[f32], o
     };
     for_blocks(product, pair, |block| {
         let (head, place) = (block.panels[0] / panels, block.panels[0] % panels * LANES);
-        let scale = heads.scale_base_two(head);
+        let scale = heads.scale(head);
         let start = Projection::place(heads, 0, head) + place;
-        block.for_rows::<true>(|row, [a, b]| {
+        block.for_rows(|row, [a, b]| {
             let (mut low, mut high) = (a, b);
             // SAFETY: this function's contract; half a head has 16 numbers and angles from `place` on.
             unsafe {
@@ -475,7 +478,7 @@ unsafe fn qkv_of_odd_heads(
     let mut tile = vec![0.0; rows.len() * panels.len() * LANES];
     matmul(x, rows.clone(), w, panels.clone(), &mut tile);
     let mut numbers = vec![0.0; rows.len() * task_heads.len() * dim];
-    let scales: Vec<_> = task_heads.clone().map(|head| heads.scale_base_two(head)).collect();
+    let scales: Vec<_> = task_heads.clone().map(|head| heads.scale(head)).collect();
     let tile_heads = TileHeads { head_dim: dim, padded, scales: &scales };
     let angles = &angles[rows.start * dim..];
     let place = Place { out: &Shared::new(&mut numbers), start: 0, stride: task_heads.len() * dim };
@@ -487,16 +490,7 @@ unsafe fn qkv_of_odd_heads(
         // SAFETY: this function's contract.
         let out = unsafe { out.range(place, Projection::place(heads, row, head + 1) - place) };
         let (out, filling) = out.split_at_mut(dim);
-        out.iter_mut().zip(numbers).for_each(|(word, x)| *word = bf16(*x));
+        out.iter_mut().zip(numbers).for_each(|(word, x)| *word = (x.to_bits() >> 16) as u16);
         filling.fill(0);
     }
-}
-
-/// The nearest bf16 number, the even one of two; NaN stays NaN.
-fn bf16(x: f32) -> u16 {
-    if x.is_nan() {
-        return 0x7fc0;
-    }
-    let bits = x.to_bits();
-    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
