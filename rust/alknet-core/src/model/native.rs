@@ -99,7 +99,7 @@ struct Part {
 }
 
 /// The tokens of a sequence that are in a part.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 struct Piece {
     /// Index in the batch.
     sequence: usize,
@@ -193,7 +193,9 @@ impl NativeBackend {
                 },
             )?;
         }
-        for piece in parts.iter().flat_map(|part| &part.pieces) {
+        let mut pieces: Vec<_> = parts.iter().flat_map(|part| &part.pieces).collect();
+        pieces.sort_by_key(|piece| (piece.sequence, piece.first));
+        for piece in pieces {
             let sequence = &mut batch[piece.sequence];
             let tokens = &sequence.input_ids[piece.tokens.clone()];
             sequence.cache.input_ids.extend_from_slice(tokens);
@@ -247,26 +249,26 @@ impl NativeBackend {
         let step = |part| Step { part, segments: Vec::new(), extensions: Vec::new() };
         let mut steps: Vec<_> = parts.iter_mut().map(step).collect();
         for (index, sequence) in batch.iter_mut().enumerate() {
-            let own = |piece: &&Piece| piece.sequence == index;
-            let pieces = || steps.iter().filter_map(|step| step.part.pieces.iter().find(own));
-            let Some(first) = pieces().next() else { continue };
-            let new = pieces().map(|piece| piece.rows.len()).sum();
+            // Places are given out in the order of positions.
+            let pieces = |(i, step): (usize, &Step<'_>)| {
+                let own = step.part.pieces.iter().filter(|piece| piece.sequence == index);
+                own.map(|piece| (i, piece.clone())).collect::<Vec<_>>()
+            };
+            let mut pieces: Vec<_> = steps.iter().enumerate().flat_map(pieces).collect();
+            pieces.sort_by_key(|(_, piece)| piece.first);
+            let Some((_, first)) = pieces.first() else { continue };
+            let new = pieces.iter().map(|(_, piece)| piece.rows.len()).sum();
             let expected = sequence.input_ids.len() - first.tokens.start;
             let (read, written) = sequence.cache.layers.split_at_mut(layer);
             let mut places =
                 written.first_mut().map(|cache| pass.grow(self.heads, cache, new, expected));
-            for Step { part, segments, extensions } in &mut steps {
-                // A part has at most one piece of a sequence.
-                let Some(piece) = part.pieces.iter().find(own) else { continue };
-                let rows = || piece.rows.clone();
-                segments.extend(read.last().map(|cache| Segment {
-                    rows: rows(),
-                    first: piece.first,
-                    cache,
-                }));
+            for (i, Piece { rows, first, .. }) in pieces {
+                let Step { segments, extensions, .. } = &mut steps[i];
+                let segment = |cache| Segment { rows: rows.clone(), first, cache };
+                segments.extend(read.last().map(segment));
                 extensions.extend(places.as_mut().map(|places| Extension {
-                    rows: rows(),
-                    places: places.take(piece.rows.len()),
+                    places: places.take(rows.len()),
+                    rows: rows.clone(),
                 }));
             }
         }
@@ -413,8 +415,7 @@ impl Backend for NativeBackend {
             // Chunks of one size: a last one of few tokens would cost as much as many.
             let len = rest.div_ceil(rest.div_ceil(most)).next_multiple_of(TILE_ROWS).min(rest);
             let (pieces, end) = next_chunk(batch, start, len);
-            let ends = part_ends(&pieces, pass.parts(len), self.cost());
-            let parts = cut(pieces, &ends).into_iter();
+            let parts = deal(pieces, pass.parts(len), self.cost()).into_iter();
             let mut parts: Vec<_> =
                 parts.map(|pieces| Part { pieces, work: self.take_workspace() }).collect();
             self.chunk(&pass, &mut parts, batch, sink)?;
@@ -447,9 +448,40 @@ fn next_chunk(
     (pieces, (sequence, token))
 }
 
-/// Where `parts` parts of a chunk end, so that each costs about as much as the others: a row costs
+/// The pieces of a chunk for each of `parts` parts, which cost about the same: the first and the last of twice as
+/// many runs, the second and the last but one, and so on. Keys to be read grow from row to row; so each
+/// part has nearly as many rows as the others, and what is left over of a run is evened out.
+fn deal(pieces: Vec<Piece>, parts: usize, cost: (usize, usize)) -> Vec<Vec<Piece>> {
+    let ends = run_ends(&pieces, 2 * parts, cost);
+    if parts == 1 || ends.len() < 2 * parts {
+        let ends = run_ends(&pieces, parts, cost);
+        return cut(pieces, &ends);
+    }
+    let mut dealt = cut(pieces, &ends);
+    for (part, late) in dealt.split_off(parts).into_iter().rev().enumerate() {
+        late.into_iter().for_each(|piece| append(&mut dealt[part], piece));
+    }
+    dealt
+}
+
+/// Adds a piece after the others, or to the last of them if that is the same sequence up to it.
+fn append(pieces: &mut Vec<Piece>, mut piece: Piece) {
+    let end = pieces.last().map_or(0, |last| last.rows.end);
+    match pieces.last_mut() {
+        Some(last) if last.sequence == piece.sequence && last.tokens.end == piece.tokens.start => {
+            last.tokens.end = piece.tokens.end;
+            last.rows.end += piece.rows.len();
+        }
+        _ => {
+            piece.rows = end..end + piece.rows.len();
+            pieces.push(piece);
+        }
+    }
+}
+
+/// Where `parts` runs of the rows of a chunk end, so that each costs about as much as the others: a row costs
 /// `fixed`, and `per_key` for each position up to its own.
-fn part_ends(pieces: &[Piece], parts: usize, (fixed, per_key): (usize, usize)) -> Vec<usize> {
+fn run_ends(pieces: &[Piece], parts: usize, (fixed, per_key): (usize, usize)) -> Vec<usize> {
     let costs = pieces.iter().flat_map(|piece| {
         let positions = piece.first..piece.first + piece.rows.len();
         positions.map(|position| fixed + per_key * position)

@@ -10,7 +10,7 @@ use std::{
 use alknet_kernels::Isa;
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::{CHUNK, NativeBackend, Piece, TILE_ROWS, cut, part_ends, reference};
+use super::{CHUNK, NativeBackend, Piece, TILE_ROWS, cut, deal, reference};
 use crate::{
     Error, Result,
     model::{
@@ -230,35 +230,61 @@ fn what_a_cache_has_forgotten_leaves_no_trace() {
     }
 }
 
-/// Every part has rows, begins at a whole unit of them and costs at most a unit more than its share.
+/// Every part has rows, of whole units but for the last of the chunk, and costs at most a unit more than its share
+/// for each end of a run; all tokens are in one part.
 #[test]
 fn parts_of_a_chunk_cost_the_same() {
     let piece = |sequence, rows: Range<usize>, first| {
         let tokens = first..first + rows.len();
         Piece { sequence, tokens, rows, first }
     };
-    let cost = (1000, 1);
     for (pieces, parts) in [
         (vec![piece(0, 0..512, 0)], 2),
+        (vec![piece(0, 0..128, 1)], 2),
         (vec![piece(0, 0..131, 700)], 4),
         (vec![piece(2, 0..3, 40), piece(3, 3..50, 0), piece(7, 50..500, 1500)], 3),
         (vec![piece(0, 0..16, 0)], 1),
+        (vec![piece(0, 0..34, 0)], 2),
         (vec![piece(0, 0..17, 100_000), piece(1, 17..160, 0)], 8),
     ] {
-        let costs: Vec<_> = pieces
-            .iter()
-            .flat_map(|piece| (piece.first..piece.first + piece.rows.len()).map(|p| 1000 + p))
-            .collect();
-        let most = costs.iter().max().unwrap() * TILE_ROWS;
-        let ends = part_ends(&pieces, parts, cost);
-        assert!(ends.len() <= parts && ends.last() == Some(&costs.len()));
-        let starts = std::iter::once(0).chain(ends.iter().copied());
-        for (start, end) in starts.zip(&ends) {
-            assert!(start < *end && start.is_multiple_of(TILE_ROWS));
-            let part: usize = costs[start..*end].iter().sum();
-            assert!(part <= costs.iter().sum::<usize>() / parts + most, "{start}..{end}");
+        let cost = |piece: &Piece| {
+            let positions = piece.first..piece.first + piece.tokens.len();
+            positions.map(|position| 1000 + position).sum::<usize>()
+        };
+        let tokens = |pieces: &[Piece]| {
+            let tokens = pieces.iter().flat_map(|p| p.tokens.clone().map(|t| (p.sequence, t)));
+            tokens.collect::<Vec<_>>()
+        };
+        let all: usize = pieces.iter().map(cost).sum();
+        let highest = pieces.iter().map(|piece| 1000 + piece.first + piece.tokens.len()).max();
+        let expected = tokens(&pieces);
+        let dealt = deal(pieces, parts, (1000, 1));
+        assert!(dealt.len() <= parts);
+        let mut found = Vec::new();
+        let mut ragged = 0;
+        for part in &dealt {
+            let rows: Vec<_> = part.iter().flat_map(|piece| piece.rows.clone()).collect();
+            assert!(!rows.is_empty() && rows.iter().copied().eq(0..rows.len()));
+            ragged += usize::from(!rows.len().is_multiple_of(TILE_ROWS));
+            let most = all / parts + 2 * TILE_ROWS * highest.unwrap();
+            assert!(part.iter().map(cost).sum::<usize>() <= most, "{part:?}");
+            found.extend(tokens(part));
         }
+        found.sort_unstable();
+        assert!(ragged <= 1 && found == expected);
     }
+}
+
+#[test]
+fn the_first_rows_go_with_the_last() {
+    let piece = |tokens: Range<usize>, start| {
+        let (first, rows) = (tokens.start + 1, start..start + tokens.len());
+        Piece { sequence: 0, tokens, rows, first }
+    };
+    assert_eq!(
+        deal(vec![piece(0..128, 0)], 2, (1_000_000, 1)),
+        [vec![piece(0..32, 0), piece(96..128, 32)], vec![piece(32..96, 0)]]
+    );
 }
 
 #[test]
