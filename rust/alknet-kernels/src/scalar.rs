@@ -36,11 +36,10 @@ pub(crate) fn hadamard_block(width: usize) -> usize {
 pub(crate) fn hadamard(x: &mut [f32], block: usize) {
     for x in x.chunks_exact_mut(block) {
         let mut stride = block / 2;
-        if let Ok(x) = x.try_into() {
-            let x: &mut [f32; HADAMARD_MAX] = x;
+        if block == HADAMARD_MAX {
             x.as_chunks_mut().0.iter_mut().for_each(hadamard_32);
-            stride = 0;
-            butterflies(x, HADAMARD_MAX / 2);
+            butterflies(x, stride);
+            continue;
         }
         while stride > 0 {
             butterflies(x, stride);
@@ -213,7 +212,7 @@ pub(crate) fn reciprocal(x: f32) -> f32 {
     guess.mul_add((-x).mul_add(guess, STEP_TO), guess)
 }
 
-/// `SiLU(gate) · up` within a part in 330, in bf16.
+/// `SiLU(gate) · up` in bf16, within a part in 330 before it is rounded.
 #[inline(always)]
 pub(crate) fn silu_mul(gate: f32, up: f32) -> f32 {
     let x = gate * -std::f32::consts::LOG2_E;
