@@ -5,8 +5,8 @@ In an environment with alknet-firewall::
     python benches/levels.py [--texts PATH ...] [--rows 3000] [--isas avx2 amx]
 
 Screens texts with every instruction set of this CPU, or those named, on one thread and on two, and
-prints how many alarms are not the same to the last bit of their scores, spans and signals. Texts are
-those of JSON Lines files (their ``text``), of other files and of folders of either; without any
+prints how many alarms are not the same to the last bit of their scores, spans and signals. Texts
+are those of JSON Lines files (their ``text``), of other files and of folders of either; without any
 they are generated. Ends with status 1 when an alarm differs.
 """
 
