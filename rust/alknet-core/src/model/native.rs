@@ -452,16 +452,19 @@ fn next_chunk(
 /// many runs, the second and the last but one, and so on. Keys to be read grow from row to row; so each
 /// part has nearly as many rows as the others, and what is left over of a run is evened out.
 fn deal(pieces: Vec<Piece>, parts: usize, cost: (usize, usize)) -> Vec<Vec<Piece>> {
-    let ends = run_ends(&pieces, 2 * parts, cost);
-    if parts == 1 || ends.len() < 2 * parts {
-        let ends = run_ends(&pieces, parts, cost);
-        return cut(pieces, &ends);
+    if parts > 1 {
+        let ends = run_ends(&pieces, 2 * parts, cost);
+        // Where there are few rows, some runs have none.
+        if ends.len() == 2 * parts {
+            let mut dealt = cut(pieces, &ends);
+            for (part, late) in dealt.split_off(parts).into_iter().rev().enumerate() {
+                late.into_iter().for_each(|piece| append(&mut dealt[part], piece));
+            }
+            return dealt;
+        }
     }
-    let mut dealt = cut(pieces, &ends);
-    for (part, late) in dealt.split_off(parts).into_iter().rev().enumerate() {
-        late.into_iter().for_each(|piece| append(&mut dealt[part], piece));
-    }
-    dealt
+    let ends = run_ends(&pieces, parts, cost);
+    cut(pieces, &ends)
 }
 
 /// Adds a piece after the others, or to the last of them if that is the same sequence up to it.
