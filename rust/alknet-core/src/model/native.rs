@@ -482,9 +482,9 @@ fn append(pieces: &mut Vec<Piece>, mut piece: Piece) {
     }
 }
 
-/// Where `parts` runs of the rows of a chunk end, so that each costs about as much as the others: a row costs
+/// Where `runs` runs of the rows of a chunk end, so that each costs about as much as the others: a row costs
 /// `fixed`, and `per_key` for each position up to its own.
-fn run_ends(pieces: &[Piece], parts: usize, (fixed, per_key): (usize, usize)) -> Vec<usize> {
+fn run_ends(pieces: &[Piece], runs: usize, (fixed, per_key): (usize, usize)) -> Vec<usize> {
     let costs = pieces.iter().flat_map(|piece| {
         let positions = piece.first..piece.first + piece.rows.len();
         positions.map(|position| fixed + per_key * position)
@@ -499,11 +499,11 @@ fn run_ends(pieces: &[Piece], parts: usize, (fixed, per_key): (usize, usize)) ->
     }
     let rows = pieces.last().map_or(0, |piece| piece.rows.end);
     let nearest = |share: usize| {
-        let aim = sum / parts * share;
+        let aim = sum / runs * share;
         let unit = (1..sums.len()).min_by_key(|unit| sums[*unit].abs_diff(aim));
         unit.map_or(rows, |unit| unit * TILE_ROWS)
     };
-    let mut ends: Vec<_> = (1..parts).map(nearest).chain([rows]).collect();
+    let mut ends: Vec<_> = (1..runs).map(nearest).chain([rows]).collect();
     ends.dedup();
     ends
 }

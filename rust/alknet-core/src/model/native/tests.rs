@@ -230,14 +230,15 @@ fn what_a_cache_has_forgotten_leaves_no_trace() {
     }
 }
 
-/// Every part has rows, of whole units but for the last of the chunk, and costs at most a unit more than its share
-/// for each end of a run; all tokens are in one part.
+/// Every part has rows, whole units of the chunk but for the last of them, and costs at most a unit more than its
+/// share; all tokens are in one part.
 #[test]
 fn parts_of_a_chunk_cost_the_same() {
     let piece = |sequence, rows: Range<usize>, first| {
         let tokens = first..first + rows.len();
         Piece { sequence, tokens, rows, first }
     };
+    let cost = |position: usize| 1000 + position;
     for (pieces, parts) in [
         (vec![piece(0, 0..512, 0)], 2),
         (vec![piece(0, 0..128, 1)], 2),
@@ -247,31 +248,29 @@ fn parts_of_a_chunk_cost_the_same() {
         (vec![piece(0, 0..34, 0)], 2),
         (vec![piece(0, 0..17, 100_000), piece(1, 17..160, 0)], 8),
     ] {
-        let cost = |piece: &Piece| {
-            let positions = piece.first..piece.first + piece.tokens.len();
-            positions.map(|position| 1000 + position).sum::<usize>()
-        };
-        let tokens = |pieces: &[Piece]| {
-            let tokens = pieces.iter().flat_map(|p| p.tokens.clone().map(|t| (p.sequence, t)));
-            tokens.collect::<Vec<_>>()
-        };
-        let all: usize = pieces.iter().map(cost).sum();
-        let highest = pieces.iter().map(|piece| 1000 + piece.first + piece.tokens.len()).max();
-        let expected = tokens(&pieces);
+        // Tokens are numbered by their positions.
+        let rows: Vec<_> =
+            pieces.iter().flat_map(|p| p.tokens.clone().map(|t| (p.sequence, t))).collect();
+        let costs: Vec<_> = rows.iter().map(|(_, position)| cost(*position)).collect();
+        let most = costs.iter().sum::<usize>() / parts + costs.iter().max().unwrap() * TILE_ROWS;
         let dealt = deal(pieces, parts, (1000, 1));
         assert!(dealt.len() <= parts);
         let mut found = Vec::new();
-        let mut ragged = 0;
         for part in &dealt {
-            let rows: Vec<_> = part.iter().flat_map(|piece| piece.rows.clone()).collect();
-            assert!(!rows.is_empty() && rows.iter().copied().eq(0..rows.len()));
-            ragged += usize::from(!rows.len().is_multiple_of(TILE_ROWS));
-            let most = all / parts + 2 * TILE_ROWS * highest.unwrap();
-            assert!(part.iter().map(cost).sum::<usize>() <= most, "{part:?}");
-            found.extend(tokens(part));
+            let places: Vec<_> = part.iter().flat_map(|piece| piece.rows.clone()).collect();
+            assert!(!places.is_empty() && places.iter().copied().eq(0..places.len()));
+            let tokens = part.iter().flat_map(|p| p.tokens.clone().map(|t| (p.sequence, t)));
+            let own: Vec<_> =
+                tokens.map(|token| rows.iter().position(|row| *row == token).unwrap()).collect();
+            for (place, row) in own.iter().enumerate() {
+                let goes_on = place > 0 && own[place - 1] + 1 == *row;
+                assert!(goes_on || (place | row).is_multiple_of(TILE_ROWS), "{place}, {row}");
+            }
+            assert!(own.iter().map(|row| costs[*row]).sum::<usize>() <= most, "{part:?}");
+            found.extend(own);
         }
         found.sort_unstable();
-        assert!(ragged <= 1 && found == expected);
+        assert!(found.into_iter().eq(0..rows.len()));
     }
 }
 
