@@ -27,33 +27,34 @@ impl Activations {
 }
 
 /// Collects the activations of every sequence of a batch.
-pub struct Capture {
-    /// One per sequence, zeros until the engine hands its rows over.
-    sequences: Vec<Mutex<Activations>>,
+pub struct Capture<'a> {
+    sequences: Vec<Tokens<'a>>,
 }
 
-impl Capture {
-    /// Room for a batch of sequences with `seq_lens` tokens each.
-    pub fn new(seq_lens: &[usize], n_sites: usize, hidden_size: usize) -> Self {
-        let zeros = |&seq_len: &usize| Activations::zeros(seq_len, n_sites, hidden_size);
-        Self { sequences: seq_lens.iter().map(zeros).map(Mutex::new).collect() }
-    }
+/// Places of one sequence's tokens, `[n_sites, hidden_size]` each. Each has a lock of its own: threads
+/// that hand over different tokens never wait for each other.
+struct Tokens<'a> {
+    hidden_size: usize,
+    places: Vec<Mutex<&'a mut [f32]>>,
+}
 
-    /// Activations of every sequence, once the engine is done.
-    pub fn into_sequences(self) -> Vec<Activations> {
-        let numbers = |sequence: Mutex<_>| sequence.into_inner();
-        let sequences = self.sequences.into_iter().map(numbers);
-        sequences.map(|sequence| sequence.unwrap_or_else(PoisonError::into_inner)).collect()
+impl<'a> Capture<'a> {
+    /// A sink that fills in `activations`, one for every sequence of a batch.
+    pub fn new(activations: &'a mut [Activations]) -> Self {
+        let tokens = |Activations { n_sites, hidden_size, data, .. }: &'a mut Activations| Tokens {
+            hidden_size: *hidden_size,
+            places: data.chunks_exact_mut(*n_sites * *hidden_size).map(Mutex::new).collect(),
+        };
+        Self { sequences: activations.iter_mut().map(tokens).collect() }
     }
 }
 
-impl Sink for Capture {
+impl Sink for Capture<'_> {
     fn rows(&self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
-        let mut to = self.sequences[sequence].lock().unwrap_or_else(PoisonError::into_inner);
-        let (hidden, stride) = (to.hidden_size, to.n_sites * to.hidden_size);
-        for (i, row) in rows.chunks_exact(hidden).enumerate() {
-            let start = (first + i) * stride + site * hidden;
-            to.data[start..start + hidden].copy_from_slice(row);
+        let Tokens { hidden_size, places } = &self.sequences[sequence];
+        for (row, place) in rows.chunks_exact(*hidden_size).zip(&places[first..]) {
+            let mut sites = place.lock().unwrap_or_else(PoisonError::into_inner);
+            sites[site * hidden_size..][..*hidden_size].copy_from_slice(row);
         }
         Ok(())
     }

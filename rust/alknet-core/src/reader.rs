@@ -158,11 +158,12 @@ impl Reader {
                 self.max_tokens()
             )));
         }
-        let capture = Capture::new(&[n], self.backend.sites().len(), self.backend.hidden_size());
+        let mut activations = self.zeros(n);
         if n > 0 {
+            let capture = Capture::new(std::slice::from_mut(&mut activations));
             self.read(&[&encoding.input_ids], &capture)?;
         }
-        Ok(capture.into_sequences().remove(0))
+        Ok(activations)
     }
 
     /// Mean activations, each token's at root mean square 1 per site, of every window of several texts,
@@ -187,15 +188,18 @@ impl Reader {
         let pieces = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
         let mut means = Vec::with_capacity(pieces.len());
         for pass in passes(&pieces, Vec::len) {
-            let seq_lens: Vec<_> = pass.iter().map(Vec::len).collect();
-            let (n_sites, hidden) = (self.backend.sites().len(), self.backend.hidden_size());
-            let capture = Capture::new(&seq_lens, n_sites, hidden);
-            self.read(&pass.iter().map(Vec::as_slice).collect::<Vec<_>>(), &capture)?;
-            for activations in capture.into_sequences() {
-                means.push(rows_of(activations, layout, closing.len()));
-            }
+            let mut read: Vec<_> = pass.iter().map(|piece| self.zeros(piece.len())).collect();
+            let pass: Vec<_> = pass.iter().map(Vec::as_slice).collect();
+            self.read(&pass, &Capture::new(&mut read))?;
+            let rows = |activations| rows_of(activations, layout, closing.len());
+            means.extend(read.into_iter().map(rows));
         }
         Ok(means)
+    }
+
+    /// Room for the activations of a piece.
+    fn zeros(&self, seq_len: usize) -> Activations {
+        Activations::zeros(seq_len, self.backend.sites().len(), self.backend.hidden_size())
     }
 }
 

@@ -84,12 +84,13 @@ fn read(backend: &dyn Backend, batch: &[&[TokenId]]) -> Vec<Activations> {
 
 /// Activations of further tokens of every sequence.
 fn extend(backend: &dyn Backend, batch: &[&[TokenId]], caches: &mut [KvCache]) -> Vec<Activations> {
-    let seq_lens: Vec<usize> = batch.iter().map(|input_ids| input_ids.len()).collect();
-    let capture = Capture::new(&seq_lens, backend.sites().len(), backend.hidden_size());
+    let (n_sites, hidden_size) = (backend.sites().len(), backend.hidden_size());
+    let zeros = |input_ids: &&[TokenId]| Activations::zeros(input_ids.len(), n_sites, hidden_size);
+    let mut activations: Vec<_> = batch.iter().map(zeros).collect();
     let mut sequences: Vec<_> =
         batch.iter().zip(caches).map(|(input_ids, cache)| Sequence { input_ids, cache }).collect();
-    backend.forward(&mut sequences, &capture).unwrap();
-    capture.into_sequences()
+    backend.forward(&mut sequences, &Capture::new(&mut activations)).unwrap();
+    activations
 }
 
 /// A tiny model with all its sites, its golden activations and the ids they belong to.
