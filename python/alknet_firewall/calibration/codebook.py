@@ -19,6 +19,7 @@ from ..errors import InputError
 from .activations import Layout
 from .corpus import Row, sha256_of
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
+from .evaluate import quality
 from .fit import FitOptions, Scorer, fit_scorer, largest_logits, project, project_closing
 from .null import LENGTH_CLASSES, component_cdf
 
@@ -50,17 +51,12 @@ def compile_codebook(
     *,
     layout: Layout,
     options: FitOptions,
-    quality: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the codebook of a detector folder, fitted on all of a corpus.
 
-    The null comes from left-out scores. The same corpus and detector give the same bytes.
-
-    Parameters
-    ----------
-    quality : mapping, optional
-        Measured quality to record, as from `evaluate`.
+    The null comes from left-out scores, and so does the quality that is recorded. The same corpus
+    and detector give the same bytes.
 
     Raises
     ------
@@ -104,7 +100,7 @@ def compile_codebook(
                 "sources": {f"{s}/{k}": n for (s, k), n in sorted(counts.items())},
             }
         ),
-        "quality": json.dumps(quality or {}),
+        "quality": json.dumps(quality(corpus, left_out)),
     }
     _write(out, tensors, metadata)
 

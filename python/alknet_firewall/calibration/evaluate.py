@@ -24,7 +24,7 @@ from .null import LENGTH_CLASSES, length_class, pchip_linear_above
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-__all__ = ["evaluate", "table"]
+__all__ = ["evaluate", "quality", "table"]
 
 # −log₁₀ p from which the level is SUSPICIOUS and DANGEROUS by default.
 _SUSPICIOUS, _DANGEROUS = 2.0, 3.0
@@ -96,6 +96,22 @@ def evaluate(
     report["detector"] = detector
     report["rows"] = len(corpus.rows)
     return report
+
+
+def quality(corpus: Corpus, left_out: Array) -> dict[str, Any]:
+    """The figures of `evaluate` that a codebook records: per fold and per source, origin unknown.
+
+    Parameters
+    ----------
+    left_out : ndarray
+        ``(n_texts,)``, from `cross_fit`.
+    """
+    report = _measure_origin(corpus, left_out, None, folds_of(corpus.rows))
+    kept = ("folds", "mean_auroc", "worst_auroc", "mean_tpr_at_1pct_fpr", "reliability")
+    recorded = {name: report[name] for name in (*kept, "benign", "attacks")}
+    for fold in recorded["folds"]:
+        del fold["roc"]
+    return recorded
 
 
 def table(report: Mapping[str, Any]) -> str:
