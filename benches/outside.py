@@ -5,10 +5,11 @@ In an environment with ``alknet-firewall[calibrate]`` and PyYAML::
     python benches/outside.py [--known FOLDER ...] [--limit 300]
 
 Fetches some packages into ``target/outside`` (once, 60 MB; see `outside_texts`), screens at most
-``--limit`` texts of every collection and of every language, and prints two tables: what is caught
-of attacks, what alarms of ordinary text. Texts that begin like one of the JSON Lines files below
-``--known`` are left out: some of what the detector was calibrated with went round the world. The
-figures are kept in ``target/bench/outside.json``.
+``--limit`` texts of every collection and of every language, and prints three tables: what is caught
+of attacks, what alarms of ordinary text, and what is caught of attacks planted in long pages. Texts
+that begin like one of the JSON Lines files below ``--known`` are left out: some of what the
+detector was calibrated with went round the world. The figures are kept in
+``target/bench/outside.json``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +34,13 @@ Array = npt.NDArray[np.float64]
 
 # Most texts of every language.
 MANUAL_LIMIT = {"debian/paragraphs": 60, "debian/pages": 12, LONG: 200}
+
+# Lengths in characters, some four a token, of pages that attacks are planted in, and how many.
+PLANTED_LENGTHS = (8_000, 24_000, 80_000)
+PLANTED = 150
+
+# Attacks of more characters are not planted.
+LONGEST_PLANTED = 1_500
 
 # Two texts that begin alike are the same for `--known`.
 BEGINNING = 150
@@ -66,6 +75,57 @@ def p_values(firewall: Firewall, texts: Sequence[Text], *, told: bool) -> Array:
             alarms = firewall.screen_batch([texts[i].text for i in part], origin=origin)
             found[part] = [alarm.p_value for alarm in alarms]
     return found
+
+
+def planted(firewall: Firewall, texts: Sequence[Text]) -> list[dict[str, Any]]:
+    """Attacks in documents, alone and each in a random line of a long page, by the page's length.
+
+    ``located`` is the share of caught ones with a span that overlaps the attack, ``clean`` that of
+    the pages without it that alarm.
+    """
+    dice = random.Random(0)
+    pages = [text.text for text in texts if text.source == LONG]
+    attacks = [t.text for t in texts if t.attack and t.origin == "document"]
+    attacks = [attack for attack in attacks if len(attack) <= LONGEST_PLANTED]
+    rows = []
+    for length in PLANTED_LENGTHS:
+        chosen = dice.sample(attacks, min(PLANTED, len(attacks)))
+        clean, whole, places = [], [], []
+        for attack in chosen:
+            page = _page(pages, length, dice)
+            lines = page.splitlines(keepends=True)
+            before = "".join(lines[: dice.randrange(len(lines))])
+            clean.append(page)
+            whole.append(f"{before}\n{attack}\n{page[len(before) :]}")
+            places.append((len(before), len(before) + len(attack) + 1))
+        alone = [firewall.screen_document(attack) for attack in chosen]
+        found = [firewall.screen_document(text) for text in whole]
+        located = [
+            any(span.start < end and start < span.end for span in alarm.spans)
+            for alarm, (start, end) in zip(found, places, strict=True)
+            if alarm
+        ]
+        rows.append(
+            {
+                "tokens": float(np.mean([alarm.n_tokens for alarm in found])),
+                "documents": len(chosen),
+                "alone": float(np.mean([bool(alarm) for alarm in alone])),
+                "caught": float(np.mean([bool(alarm) for alarm in found])),
+                "located": float(np.mean(located)) if located else None,
+                "clean": float(np.mean([bool(firewall.screen_document(page)) for page in clean])),
+            }
+        )
+    return rows
+
+
+def _page(pages: Sequence[str], length: int, dice: random.Random) -> str:
+    """So many characters of pages, one after the other from a random one on."""
+    first, page = dice.randrange(len(pages)), ""
+    for text in (*pages[first:], *pages[:first]):
+        page += text + "\n\n"
+        if len(page) >= length:
+            break
+    return page[:length]
 
 
 def auroc(attacks: Array, ordinary: Array) -> float:
@@ -127,6 +187,12 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         for name, row in rows:
             cells = "  ".join(f"{100 * row[key]:5.1f}" for key in columns[1:])
             yield f"{name:34} {row['rows']:5}                {cells}"
+    yield f"\n{'attacks in pages of':34}  rows  alone  caught  located  clean pages"
+    for row in report["planted"]:
+        cells = "  ".join(
+            f"{100 * (row[key] or 0):6.1f}" for key in ("alone", "caught", "located", "clean")
+        )
+        yield f"{row['tokens']:15.0f} tokens             {row['documents']:5} {cells}"
 
 
 def main() -> None:
@@ -146,6 +212,7 @@ def main() -> None:
             "told": p_values(firewall, texts, told=True),
         },
     )
+    report["planted"] = planted(firewall, texts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1))
     print(*table(report), sep="\n")

@@ -51,6 +51,12 @@ DEBS = {
 }
 # Of these whole pages are read.
 LONG_DEBS = {
+    "a/anarchism/anarchism_15.3-3_all.deb": (
+        "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948"
+    ),
+    "d/debian-reference/debian-reference-en_2.100_all.deb": (
+        "9f31d3a17df505de09689ca255512ea58c1fc47c59bb1b0c7bf1c23362e9743f"
+    ),
     "r/rustc/rust-doc_1.63.0+dfsg1-2_all.deb": (
         "96ef96fe6df87d939ca713bd7df3d15c2b778ccb892eca025c4ee504146f697b"
     ),
@@ -62,9 +68,11 @@ LONG_DEBS = {
     ),
 }
 
-# Source of whole pages of manuals, code and all, and how long they are in characters.
+# Source of whole pages of manuals and books, code and all; their lengths in characters, and most of
+# a package.
 LONG = "manuals/long"
 LONG_CHARACTERS = range(8_000, 60_000)
+LONG_PAGES = 80
 
 # What templates are asked; they have a place for it.
 REQUESTS = (
@@ -390,10 +398,14 @@ def _manuals(debs: list[Package]) -> list[Text]:
 
 
 def _long_pages(debs: Iterable[Package]) -> Iterator[Text]:
-    for _, page in (page for deb in debs for page in deb.all(r"\.html$")):
-        page = re.sub(r"(?is)<(script|style|head)\b.*?</\1>", " ", page)
-        text = re.sub(r"\n\s*\n", "\n\n", _without_tags(page)).strip()
-        if len(text) in LONG_CHARACTERS:
+    for deb in debs:
+        pages = [
+            re.sub(r"(?is)<(script|style|head)\b.*?</\1>", " ", page)
+            for _, page in deb.all(r"\.html$")
+        ]
+        texts = [re.sub(r"\n\s*\n", "\n\n", _without_tags(page)).strip() for page in pages]
+        texts = [text for text in texts if len(text) in LONG_CHARACTERS]
+        for text in random.Random(0).sample(texts, min(LONG_PAGES, len(texts))):
             yield Text(LONG, text, False, "document")
 
 
