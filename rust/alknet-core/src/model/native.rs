@@ -39,10 +39,11 @@ use super::{
 use crate::error::{Error, Result};
 
 /// Most tokens that go through the blocks together.
-const CHUNK: usize = 512;
+const CHUNK: usize = 2 * ROWS_PER_THREAD;
 
-/// Most of them that one thread takes through: what belongs to them stays in its core's caches.
-const ROWS_PER_THREAD: usize = 256;
+/// Most of them that one thread takes through: what belongs to them stays in its core's caches. Half a tile more
+/// than a power of two, so that the tokens that close a piece do not make another chunk of it.
+const ROWS_PER_THREAD: usize = 256 + TILE_ROWS / 2;
 
 /// A loaded model. Immutable, apart from buffers that are kept for the next call.
 pub struct NativeBackend {
