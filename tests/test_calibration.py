@@ -261,10 +261,6 @@ class TestNull:
         assert weights.sum() == pytest.approx(1)
         assert weights[:100].sum() / weights[100:].sum() == pytest.approx(5)
 
-    def test_text_of_ours_weighs_less(self):
-        weights = null.source_weights(["public"] * 9 + ["authored/asides"] * 9)
-        assert weights[9:].sum() / weights[:9].sum() == pytest.approx(0.6)
-
     def test_joined_texts_are_as_alarming_as_their_worst_part(self):
         statistics, n_tokens = np.arange(40.0), np.full(40, 256)
         joined = null.joined(statistics, n_tokens, 1024)
@@ -332,6 +328,9 @@ class TestCompile:
         assert metadata["sites"] == ",".join(SITES)
         assert metadata["n_components"] == "6"
         assert json.loads(metadata["closing"]) == [7, 5]
+        quality = json.loads(metadata["quality"])
+        assert 0 <= quality["worst_auroc"] <= quality["mean_auroc"] <= 1
+        assert set(quality["benign"]) == {row.source for row in corpus.rows if not row.attack}
         calibration = json.loads(metadata["calibration"])
         assert calibration["rows"] == len(corpus.rows)
         assert calibration["sha256"] == sha256_of(corpus.rows)

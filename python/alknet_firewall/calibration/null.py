@@ -1,13 +1,13 @@
 """Null distributions: how often benign text reaches a statistic, per length class.
 
 The statistics come from benign sources that were left out when the directions that gave them were
-fitted, so that a p-value speaks of text from a source never seen. Sources weigh alike; kinds of
-text that were written for this project, most of them to resemble attacks, weigh less.
+fitted, so that a p-value speaks of text from a source never seen. Sources weigh alike, and so do
+kinds of text that were written for this project.
 
 The last length class is also that of every segment of a long document, which may be about many
 things: the long texts of a corpus mostly stay with one. Three quarters of its weight are therefore
 those of documents joined at random until they are as long, if there are documents. Short ones are
-not joined: a page of thirty notes, each of which somebody wrote because it is hard, is nothing that
+not joined: a page of ten notes, each of which somebody wrote because it is hard, is nothing that
 long documents resemble.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.interpolate import PchipInterpolator
 
-from .corpus import Row, is_authored
+from .corpus import Row
 
 Array = npt.NDArray[np.float64]
 
@@ -43,12 +43,9 @@ _LEVELS = np.array([0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.13, 0.09, 0.065])
 _TAIL_FROM = 0.05
 _TAIL_LEVELS = np.array([0.02, 0.01, 0.003, 0.001, 0.0001])
 
-# Weight of a kind of text that was written for this project, beside a public source's.
-_AUTHORED_WEIGHT = 0.6
-
 # Weight of joined documents in the last class, and the fewest tokens of each of them.
 _JOINED_SHARE = 0.75
-_JOINED_TOKENS = 128
+_JOINED_TOKENS = 256
 
 # A class with fewer texts than this borrows the neighbouring classes' texts.
 _ENOUGH = 400
@@ -64,7 +61,6 @@ def source_weights(sources: Sequence[str]) -> Array:
     """Weights that sum to one, so that a source of n texts weighs √n."""
     _, inverse, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
     weights = 1.0 / np.sqrt(counts[inverse])
-    weights *= [_AUTHORED_WEIGHT if is_authored(source) else 1.0 for source in sources]
     normalised: Array = weights / weights.sum()
     return normalised
 
