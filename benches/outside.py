@@ -35,9 +35,8 @@ Array = npt.NDArray[np.float64]
 # Most texts of every language.
 MANUAL_LIMIT = {"debian/paragraphs": 60, "debian/pages": 12, LONG: 200}
 
-# Lengths in characters, some four a token, of pages that attacks are planted in, and how many.
-PLANTED_LENGTHS = (8_000, 24_000, 80_000)
-PLANTED = 150
+# How many attacks are planted in pages of so many characters, some four a token.
+PLANTED = {8_000: 150, 24_000: 100, 80_000: 50}
 
 # Attacks of more characters are not planted.
 LONGEST_PLANTED = 1_500
@@ -88,8 +87,8 @@ def planted(firewall: Firewall, texts: Sequence[Text]) -> list[dict[str, Any]]:
     attacks = [t.text for t in texts if t.attack and t.origin == "document"]
     attacks = [attack for attack in attacks if len(attack) <= LONGEST_PLANTED]
     rows = []
-    for length in PLANTED_LENGTHS:
-        chosen = dice.sample(attacks, min(PLANTED, len(attacks)))
+    for length, number in PLANTED.items():
+        chosen = dice.sample(attacks, min(number, len(attacks)))
         clean, whole, places = [], [], []
         for attack in chosen:
             page = _page(pages, length, dice)

@@ -7,7 +7,7 @@ kinds of text that were written for this project.
 The last length class is also that of every segment of a long document, which may be about many
 things: the long texts of a corpus mostly stay with one. Three quarters of its weight are therefore
 those of documents joined at random until they are as long, if there are documents. Short ones are
-not joined: a page of ten notes, each of which somebody wrote because it is hard, is nothing that
+not joined: a page of twenty notes, each of which somebody wrote because it is hard, is nothing that
 long documents resemble.
 """
 
@@ -45,7 +45,7 @@ _TAIL_LEVELS = np.array([0.02, 0.01, 0.003, 0.001, 0.0001])
 
 # Weight of joined documents in the last class, and the fewest tokens of each of them.
 _JOINED_SHARE = 0.75
-_JOINED_TOKENS = 256
+_JOINED_TOKENS = 128
 
 # A class with fewer texts than this borrows the neighbouring classes' texts.
 _ENOUGH = 400
