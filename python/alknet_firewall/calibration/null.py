@@ -7,7 +7,7 @@ kinds of text that were written for this project.
 The last length class is also that of every segment of a long document, which may be about many
 things: the long texts of a corpus mostly stay with one. Three quarters of its weight are therefore
 those of documents joined at random until they are as long, if there are documents. Short ones are
-not joined: a page of twenty notes, each of which somebody wrote because it is hard, is nothing that
+not joined: a page of thirty notes, each of which somebody wrote because it is hard, is nothing that
 long documents resemble.
 """
 
