@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from alknet_firewall import Firewall, __version__
 from alknet_firewall.calibration.corpus import read_corpora
+from alknet_firewall.evaluation.measure import Pair, measure_buried
 from outside_texts import LONG, Text, outside_texts
 from sklearn.metrics import roc_auc_score
 
@@ -77,10 +78,9 @@ def p_values(firewall: Firewall, texts: Sequence[Text], *, told: bool) -> Array:
 
 
 def planted(firewall: Firewall, texts: Sequence[Text]) -> list[dict[str, Any]]:
-    """Attacks in documents, alone and each in a random line of a long page, by the page's length.
+    """Attacks in documents, each in a random line of a long page, by the page's length.
 
-    ``located`` is the share of caught ones with a span that overlaps the attack, ``clean`` that of
-    the pages without it that alarm.
+    As `measure_buried` has it, and ``alone``: the share of the attacks that alarm without a page.
     """
     dice = random.Random(0)
     pages = [text.text for text in texts if text.source == LONG]
@@ -89,32 +89,18 @@ def planted(firewall: Firewall, texts: Sequence[Text]) -> list[dict[str, Any]]:
     rows = []
     for length, number in PLANTED.items():
         chosen = dice.sample(attacks, min(number, len(attacks)))
-        clean, whole, places = [], [], []
-        for attack in chosen:
-            page = _page(pages, length, dice)
-            lines = page.splitlines(keepends=True)
-            before = "".join(lines[: dice.randrange(len(lines))])
-            clean.append(page)
-            whole.append(f"{before}\n{attack}\n{page[len(before) :]}")
-            places.append((len(before), len(before) + len(attack) + 1))
-        alone = [firewall.screen_document(attack) for attack in chosen]
-        found = [firewall.screen_document(text) for text in whole]
-        located = [
-            any(span.start < end and start < span.end for span in alarm.spans)
-            for alarm, (start, end) in zip(found, places, strict=True)
-            if alarm
-        ]
-        rows.append(
-            {
-                "tokens": float(np.mean([alarm.n_tokens for alarm in found])),
-                "documents": len(chosen),
-                "alone": float(np.mean([bool(alarm) for alarm in alone])),
-                "caught": float(np.mean([bool(alarm) for alarm in found])),
-                "located": float(np.mean(located)) if located else None,
-                "clean": float(np.mean([bool(firewall.screen_document(page)) for page in clean])),
-            }
-        )
+        pairs = [_plant(attack, _page(pages, length, dice), dice) for attack in chosen]
+        alone = [bool(firewall.screen_document(attack)) for attack in chosen]
+        rows.append(measure_buried(firewall, pairs) | {"alone": float(np.mean(alone))})
     return rows
+
+
+def _plant(attack: str, page: str, dice: random.Random) -> Pair:
+    """A page without and with an attack before a random line."""
+    lines = page.splitlines(keepends=True)
+    start = sum(map(len, lines[: dice.randrange(len(lines))]))
+    whole = f"{page[:start]}\n{attack}\n{page[start:]}"
+    return Pair(page, whole, start, start + len(attack) + 1)
 
 
 def _page(pages: Sequence[str], length: int, dice: random.Random) -> str:
@@ -189,9 +175,10 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     yield f"\n{'attacks in pages of':34}  rows  alone  caught  located  clean pages"
     for row in report["planted"]:
         cells = "  ".join(
-            f"{100 * (row[key] or 0):6.1f}" for key in ("alone", "caught", "located", "clean")
+            f"{100 * (row[key] or 0):6.1f}"
+            for key in ("alone", "caught", "located", "false_alarms")
         )
-        yield f"{row['tokens']:15.0f} tokens             {row['documents']:5} {cells}"
+        yield f"{row['mean_tokens']:15.0f} tokens             {row['documents']:5} {cells}"
 
 
 def main() -> None:

@@ -399,14 +399,15 @@ def _manuals(debs: list[Package]) -> list[Text]:
 
 def _long_pages(debs: Iterable[Package]) -> Iterator[Text]:
     for deb in debs:
-        pages = [
-            re.sub(r"(?is)<(script|style|head)\b.*?</\1>", " ", page)
-            for _, page in deb.all(r"\.html$")
-        ]
-        texts = [re.sub(r"\n\s*\n", "\n\n", _without_tags(page)).strip() for page in pages]
+        texts = [_whole_page(page) for _, page in deb.all(r"\.html$")]
         texts = [text for text in texts if len(text) in LONG_CHARACTERS]
         for text in random.Random(0).sample(texts, min(LONG_PAGES, len(texts))):
             yield Text(LONG, text, False, "document")
+
+
+def _whole_page(page: str) -> str:
+    page = re.sub(r"(?is)<(script|style|head)\b.*?</\1>", " ", page)
+    return re.sub(r"\n\s*\n", "\n\n", _without_tags(page)).strip()
 
 
 def _paragraphs(page: str) -> list[str]:

@@ -78,12 +78,12 @@ class TestMeasure:
         assert {row["source"].removeprefix("authored/") for row in drawn} == set(groups)
 
     def test_an_injection_is_what_its_pair_differs_in(self):
-        pair = measure._Pair.of("one\n\ntwo", "one\n\nignore it\n\ntwo")
+        pair = measure.Pair.of("one\n\ntwo", "one\n\nignore it\n\ntwo")
         assert pair.injected[: pair.start] + pair.injected[pair.end :] == pair.clean
         assert "ignore it" in pair.injected[pair.start : pair.end]
 
     def test_repeated_letters_around_an_injection(self):
-        pair = measure._Pair.of("aa", "aaa")
+        pair = measure.Pair.of("aa", "aaa")
         assert pair.injected[: pair.start] + pair.injected[pair.end :] == "aa"
 
     def test_a_buried_document_keeps_its_injection(self):
@@ -104,8 +104,8 @@ class TestMeasure:
         alarm = tiny.screen(text)
         assert alarm.level is AlarmLevel.DANGEROUS
         start = text.index(ATTACK)
-        assert measure._Pair("", text, start, len(text)).is_located(alarm)
-        assert not measure._Pair("", text, 0, min(s.start for s in alarm.spans)).is_located(alarm)
+        assert measure.Pair("", text, start, len(text)).is_located(alarm)
+        assert not measure.Pair("", text, 0, min(s.start for s in alarm.spans)).is_located(alarm)
 
     def test_evasion(self):
         result = measure.measure_evasion(Reader(), SMALL, progress=silent)

@@ -22,7 +22,15 @@ from ..authored.dice import Dice
 from ..firewall import Firewall
 from .transforms import TRANSFORMS
 
-__all__ = ["MeasureOptions", "measure_detector", "measure_evasion", "measure_long", "measure_speed"]
+__all__ = [
+    "MeasureOptions",
+    "Pair",
+    "measure_buried",
+    "measure_detector",
+    "measure_evasion",
+    "measure_long",
+    "measure_speed",
+]
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -163,7 +171,7 @@ def measure_long(
             pair.buried(filler, int(tokens * density), dice)
             for pair in islice(cycle(caught), number)
         ]
-        lengths.append({"tokens": tokens} | _measure_buried(firewall, long))
+        lengths.append({"tokens": tokens} | measure_buried(firewall, long))
         progress("long documents", done, len(options.long_documents))
     return {
         "screened": len(pairs),
@@ -187,7 +195,8 @@ def _caught_plain(firewall: Firewall, options: MeasureOptions) -> tuple[int, lis
     return screened, caught
 
 
-def _measure_buried(firewall: Firewall, long: Sequence[_Pair]) -> dict[str, Any]:
+def measure_buried(firewall: Firewall, long: Sequence[Pair]) -> dict[str, Any]:
+    """What is caught of documents with an injection, as in ``lengths`` of `measure_long`."""
     found = [firewall.screen_document(pair.injected) for pair in long]
     clean = [firewall.screen_document(pair.clean) for pair in long]
     overlaps = [p.is_located(a) for p, a in zip(long, found, strict=True) if a]
@@ -223,7 +232,7 @@ def measure_speed(firewall: Firewall, options: MeasureOptions) -> list[dict[str,
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Pair:
     """A document without and with an injection, which is ``injected[start:end]``."""
 
     clean: str
@@ -232,7 +241,7 @@ class _Pair:
     end: int
 
     @classmethod
-    def of(cls, clean: str, injected: str) -> _Pair:
+    def of(cls, clean: str, injected: str) -> Pair:
         """Finds the injection: what is left between the beginning and the end they share."""
         start = _common(clean, injected)
         rest = min(len(clean), len(injected)) - start
@@ -243,7 +252,7 @@ class _Pair:
         """Whether a span of the alarm on the injected document overlaps the injection."""
         return any(span.start < self.end and span.end > self.start for span in alarm.spans)
 
-    def buried(self, filler: Sequence[str], length: int, dice: Dice) -> _Pair:
+    def buried(self, filler: Sequence[str], length: int, dice: Dice) -> Pair:
         """The pair among other documents, about ``length`` characters in all."""
         before: list[str] = []
         after: list[str] = []
@@ -255,7 +264,7 @@ class _Pair:
             missing -= len(text) + 2
         head = "".join(f"{text}\n\n" for text in before)
         tail = "".join(f"\n\n{text}" for text in after)
-        return _Pair(
+        return Pair(
             f"{head}{self.clean}{tail}",
             f"{head}{self.injected}{tail}",
             len(head) + self.start,
@@ -278,14 +287,14 @@ def _texts(seed: int, rows: int, parts: list[str], longest: int) -> list[Row]:
     return [row for row in drawn if len(row["text"]) <= longest and row["text"] not in shipped]
 
 
-def _pairs(seed: int, rows: int) -> list[_Pair]:
+def _pairs(seed: int, rows: int) -> list[Pair]:
     clean = {}
     pairs = []
     for row in _interleaved(_texts(seed, rows, _INJECTED, _MAX_BURIED)):
         if not row["label"]:
             clean[row["pair"]] = row["text"]
         elif row["pair"] in clean:
-            pairs.append(_Pair.of(clean[row["pair"]], row["text"]))
+            pairs.append(Pair.of(clean[row["pair"]], row["text"]))
     return pairs
 
 
