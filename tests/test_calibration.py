@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from alknet_firewall import AlarmLevel, Firewall, InputError, _core
+from alknet_firewall import AlarmLevel, ConfigError, Firewall, InputError, _core
 from alknet_firewall.cli import main
 from alknet_firewall.evaluation.measure import MeasureOptions, measure_detector
 from click.testing import CliRunner
@@ -38,7 +38,7 @@ from alknet_firewall.calibration.fit import (
 WIDTH = len(SITES) * HIDDEN_SIZE
 OPTIONS = FitOptions(n_components=5, rounds=2)
 TINY_LAYOUT = Layout(sites=SITES, **LAYOUT)
-CLOSED_LAYOUT = dataclasses.replace(TINY_LAYOUT, closing=(7, 5))
+CLOSED_LAYOUT = dataclasses.replace(TINY_LAYOUT, closing=7, closing_every=10)
 N_WINDOWS = 3
 
 
@@ -71,18 +71,28 @@ def made_up_corpus(
 
 
 def closed(corpus: Corpus, separation: float = 2.0) -> Corpus:
-    """The corpus with closing tokens whose mean lies elsewhere after attacks."""
-    closing = np.random.default_rng(9).standard_normal((len(corpus.rows), WIDTH))
-    closing[:, 2] += separation * corpus.attack
-    windows = dataclasses.replace(corpus.windows, closing=closing.astype(np.float16))
+    """The corpus with closing tokens after the second and the third window of a text.
+
+    Those after the second lie elsewhere in attacks.
+    """
+    closing = np.random.default_rng(9).standard_normal((2 * len(corpus.rows), WIDTH))
+    closing[::2, 2] += separation * corpus.attack
+    closed_by = (2 * np.arange(len(corpus.rows))[:, None] + [0, 0, 1]).ravel()
+    windows = dataclasses.replace(
+        corpus.windows, closing=closing.astype(np.float16), closed_by=closed_by
+    )
     return dataclasses.replace(corpus, windows=windows)
 
 
 def part_of(corpus: Corpus, texts: np.ndarray) -> Corpus:
     """Some texts of a corpus."""
     whole = corpus.windows
-    closing = None if whole.closing is None else whole.closing[texts]
-    windows = Windows(whole.x[whole.rows(texts)], N_WINDOWS * np.arange(len(texts) + 1), closing)
+    starts = N_WINDOWS * np.arange(len(texts) + 1)
+    windows = Windows(whole.x[whole.rows(texts)], starts)
+    if whole.closing is not None:
+        part = closed(Corpus([corpus.rows[t] for t in texts], windows, corpus.n_tokens[texts]))
+        closing = whole.closing.reshape(-1, 2, WIDTH)[texts].reshape(-1, WIDTH)
+        windows = dataclasses.replace(part.windows, closing=closing)
     return Corpus([corpus.rows[t] for t in texts], windows, corpus.n_tokens[texts])
 
 
@@ -158,7 +168,8 @@ class TestOtherLanguages:
             scorer.mean, scorer.components, corpus.windows, np.arange(len(corpus.windows.x))
         )
         lengths = np.diff(corpus.windows.starts)
-        own = [pool(z @ scorer.weights[:, d].T, lengths, scorer.scales) for d in range(2)]
+        ends = np.zeros(len(z))
+        own = [pool(z @ scorer.weights[:, d].T, lengths, scorer.scales, ends) for d in range(2)]
         foreign = corpus.labels.foreign
         english, others = corpus.attack & ~foreign, corpus.attack & foreign
         for d, attacks in enumerate((english, others)):
@@ -173,7 +184,8 @@ class TestOtherLanguages:
         assert scorer.weights.shape[0] == 4
         scores = scorer.largest(closed(corpus).windows, every)
         other = closed(corpus)
-        other.windows.closing[every[::2], 2] += np.float16(3)
+        for after in (0, 1):
+            other.windows.closing[2 * every[::2] + after, 2] += np.float16(3)
         raised = scorer.largest(other.windows, every)
         assert (raised[::2] > scores[::2]).all()
         np.testing.assert_array_equal(raised[1::2], scores[1::2])
@@ -207,7 +219,8 @@ class TestFrames:
     def test_a_frame_counts_by_its_largest_run_of_every_scale(self):
         windows = self.windows()
         terms = windows.x[:, :3].astype(np.float64)
-        largest = pool(terms, np.diff(windows.starts), (1, 2, 4))
+        ends = windows.x[:, 3].astype(np.float64)
+        largest = pool(terms, np.diff(windows.starts), (1, 2, 4), ends)
         one, two, four = terms.T
         frames = [
             one[i : i + 4].max()
@@ -215,9 +228,11 @@ class TestFrames:
             + four[i : i + 4].mean()
             for i in range(6, 10)
         ]
+        frames = [frame + ends[i + 3] for i, frame in enumerate(frames, start=6)]
         assert largest[3] == pytest.approx(max(frames))
-        assert largest[0] == pytest.approx(terms[0].sum())
-        assert largest[1] == pytest.approx(one[1:3].max() + two[1:3].mean() + four[1:3].mean())
+        assert largest[0] == pytest.approx(terms[0].sum() + ends[0])
+        of_two = one[1:3].max() + two[1:3].mean() + four[1:3].mean()
+        assert largest[1] == pytest.approx(of_two + ends[2])
 
 
 class TestNull:
@@ -327,7 +342,7 @@ class TestCompile:
         assert metadata["detector"] == "tiny"
         assert metadata["sites"] == ",".join(SITES)
         assert metadata["n_components"] == "6"
-        assert json.loads(metadata["closing"]) == [7, 5]
+        assert json.loads(metadata["closing"]) == {"token": 7, "every": 10}
         quality = json.loads(metadata["quality"])
         assert 0 <= quality["worst_auroc"] <= quality["mean_auroc"] <= 1
         assert set(quality["benign"]) == {row.source for row in corpus.rows if not row.attack}
@@ -365,12 +380,16 @@ class TestCompile:
 
         tensors, metadata = load_file(compiled), _core.inspect_codebook(str(compiled))
         reader = _core.Reader(str(tiny_folder), list(SITES))
-        (x,) = reader.window_means([text], window=8, stride=4, max_tokens=64, closing=[7, 5])
+        (x,) = reader.window_means([text], window=8, stride=4, max_tokens=64, closing=(7, 10))
         z = (x - tensors["mean"]) @ tensors["components"].T
         *terms, closing = tensors["direction_weights"][:, 0] @ z.T
-        pooled = pool(np.stack(terms, axis=1)[:-1], np.array([len(x) - 1]), (1, 3, 7))
+        n_tokens = min(reader.count_tokens(text), 64)
+        n_windows = len(x) - -(-n_tokens // 10)
+        ends = [min(4 * window + 8, n_tokens) for window in range(n_windows)]
+        after = np.array([closing[n_windows + (end - 1) // 10] for end in ends])
+        pooled = pool(np.stack(terms, axis=1)[:n_windows], np.array([n_windows]), (1, 3, 7), after)
         assert json.loads(metadata["scales"]) == [1, 3, 7]
-        largest = pooled[0] + closing[-1]
+        largest = pooled[0]
         length = null.length_class(np.array([reader.count_tokens(text)]))[0]
         unknown = ORIGINS.index(None)
         knots, values = (tensors[f"null_{part}"][unknown, length] for part in ("knots", "values"))
@@ -691,7 +710,7 @@ class TestActivations:
     def test_windows_are_those_of_the_engine(self, reader, tmp_path):
         store = self.windows(reader, tmp_path)
         assert len(store.starts) == len(TEXTS) + 1
-        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": []}
+        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": None}
         for text in (0, 5, 20, len(TEXTS) - 1):
             (expected,) = reader.window_means([TEXTS[text]], **options)
             own = store.data[store.starts[text] : store.starts[text + 1]]
@@ -699,17 +718,30 @@ class TestActivations:
             assert store.n_tokens[text] == min(reader.count_tokens(TEXTS[text]), 64)
         assert store.closing is None
 
-    def test_closing_tokens_are_read_after_every_text(self, reader, tmp_path):
+    def test_a_closing_token_is_read_every_so_often(self, reader, tmp_path):
         store = read_windows(TEXTS, reader, CLOSED_LAYOUT, key="key", cache=tmp_path)
         open_store = self.windows(reader, tmp_path)
         np.testing.assert_array_equal(store.starts, open_store.starts)
         np.testing.assert_array_equal(store.n_tokens, open_store.n_tokens)
-        np.testing.assert_allclose(store.data, open_store.data, rtol=2e-3, atol=2e-3)
-        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": [7, 5]}
+        np.testing.assert_array_equal(store.data, open_store.data)
+        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": (7, 10)}
+        counts = -(-store.n_tokens // 10)
+        assert counts.max() > 2
+        assert store.closing.shape == (counts.sum(), store.data.shape[1])
         for text in (0, 5, len(TEXTS) - 1):
             (expected,) = reader.window_means([TEXTS[text]], **options)
-            np.testing.assert_allclose(store.closing[text], expected[-1], rtol=2e-3, atol=2e-3)
-        assert store.closing.shape == (len(TEXTS), store.data.shape[1])
+            own = store.closing[counts[:text].sum() :][: counts[text]]
+            np.testing.assert_allclose(own, expected[-counts[text] :], rtol=2e-3, atol=2e-3)
+            windows = slice(store.starts[text], store.starts[text + 1])
+            n_tokens = store.n_tokens[text]
+            ends = [min(4 * i + 8, n_tokens) for i in range(windows.stop - windows.start)]
+            expected_rows = [counts[:text].sum() + (end - 1) // 10 for end in ends]
+            assert list(store.closed_by[windows]) == expected_rows
+
+    def test_a_closing_token_is_no_denser_than_windows(self, reader):
+        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": (7, 7)}
+        with pytest.raises(ConfigError, match="every 7 tokens"):
+            reader.window_means(TEXTS[:1], **options)
 
     def test_what_was_read_is_not_read_again(self, reader, tmp_path):
         first = self.windows(reader, tmp_path)

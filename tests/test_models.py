@@ -23,6 +23,7 @@ from alknet_firewall import (
     TorchModel,
     _core,
 )
+from safetensors.numpy import load_file, save_file
 from tiny_detector import ATTACK, BENIGN, GOLDEN, HIDDEN_SIZE, ORDER, SITES, write_codebook
 
 CLEAR, _, DANGEROUS = AlarmLevel
@@ -108,6 +109,41 @@ class TestProtocol:
     def test_what_is_no_model_is_refused(self, folder, model):
         with pytest.raises(ConfigError, match="DetectorModel"):
             Firewall(folder, model=model)
+
+
+class TestReadouts:
+    """A codebook that asks for a token every ten others."""
+
+    @pytest.fixture
+    def closed(self, folder, tmp_path) -> Path:
+        codebook = folder / "codebook.safetensors"
+        tensors, metadata = load_file(codebook), _core.inspect_codebook(str(codebook))
+        metadata.pop("n_components")
+        weights = tensors["direction_weights"]
+        tensors["direction_weights"] = np.concatenate([weights, weights[:1]])
+        metadata["closing"] = json.dumps({"token": 5, "every": 10})
+        closed = Path(shutil.copytree(folder, tmp_path / "closed"))
+        save_file(tensors, closed / "codebook.safetensors", metadata=metadata)
+        return closed
+
+    def test_they_are_asked_for_where_they_stand(self, closed, folder):
+        class Beside(Embedding):
+            def activations(self, input_ids, readouts=()):
+                self.readouts = list(readouts)
+                return super().activations([*input_ids, *(token for _, token in readouts)])
+
+        text, model = (ATTACK * 5)[:25], Beside()
+        ids = [0, *ids_of(text)]
+        assert len(ids) == 26
+        alarm = Firewall(closed, model=model).screen(text)
+        assert model.readouts == [(11, 5), (21, 5), (26, 5)]
+        assert model.calls[-1] == [*ids, 5, 5, 5]
+        assert alarm.p_value != Firewall(folder, model=model).screen(text).p_value
+        assert model.readouts == []
+
+    def test_a_model_that_reads_none_gives_no_verdict(self, closed):
+        with pytest.raises(InferenceError, match=r"TypeError.*n_readouts"):
+            Firewall(closed, model=Embedding()).screen(BENIGN[0])
 
 
 class TestRefused:
@@ -242,6 +278,36 @@ class TestOnnx:
         for text in (*BENIGN, ATTACK, ORDER, BENIGN[0] * 5):
             assert firewall.screen(text) == reference.screen(text)
 
+    def test_a_graph_without_a_mask_reads_nothing_beside_a_text(self, graph):
+        with pytest.raises(ModelLoadError, match="attention_mask"):
+            self.load(graph).activations([5, 9, 200], [(3, 7)])
+
+    def test_a_graph_is_told_what_each_row_sees(self, tmp_path):
+        onnx = pytest.importorskip("onnx")
+        from onnx import TensorProto, helper
+
+        def value(name, kind, shape):
+            return helper.make_tensor_value_info(name, kind, shape)
+
+        inputs = [
+            value("input_ids", TensorProto.INT64, [1, "n"]),
+            value("position_ids", TensorProto.INT64, [1, "n"]),
+            value("attention_mask", TensorProto.FLOAT, [1, 1, "n", "n"]),
+        ]
+        # What it sees of the mask is handed out as it is, and so are the positions.
+        nodes = [
+            helper.make_node("Constant", [], ["one"], value_ints=[1]),
+            helper.make_node("Squeeze", ["attention_mask", "one"], ["0.resid_post"]),
+        ]
+        outputs = [value("0.resid_post", TensorProto.FLOAT, [1, "n", 5])]
+        graph = helper.make_graph(nodes, "mask", inputs, outputs)
+        path = str(tmp_path / "mask.onnx")
+        opset = [helper.make_opsetid("", 17)]
+        onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+        seen = self.load(path, ["0.resid_post"]).activations([5, 9, 200], [(1, 7), (3, 7)])[:, 0]
+        expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+        np.testing.assert_array_equal(seen == 0, [*expected, [1, 1, 1, 0, 0]])
+
     def test_an_output_that_is_not_there(self, graph):
         with pytest.raises(ModelLoadError, match=r"no output '7\.resid_post'"):
             self.load(graph, ["7.resid_post"])
@@ -261,6 +327,17 @@ class TestTorch:
         reader = _core.Reader(str(tiny_folder), sites, engine="candle")
         found = torch_model.activations([0, *ids_of("Tuesday")])[1:]
         np.testing.assert_allclose(found, reader.activations("Tuesday"), rtol=1e-4, atol=1e-4)
+
+    def test_it_reads_beside_a_text_as_the_reference_engine_does(self, model, tiny_folder):
+        sites = ["0.resid_post", "1.resid_post"]
+        reader = _core.Reader(str(tiny_folder), sites, engine="candle")
+        ids = [0, *ids_of("Tuesday")]
+        readouts = [(4, 7), (7, 7), (8, 7)]
+        found = TorchModel(model, sites).activations(ids, readouts)[1:]
+        found /= np.sqrt((found**2).mean(axis=2, keepdims=True) + 1e-6)
+        options = {"window": 1, "stride": 1, "max_tokens": 64, "closing": (7, 3)}
+        (expected,) = reader.window_means(["Tuesday"], **options)
+        np.testing.assert_allclose(found.reshape(len(found), -1), expected, rtol=1e-4, atol=1e-4)
 
     def test_the_last_layer_is_refused(self, model):
         with pytest.raises(ModelLoadError, match="final-normed"):

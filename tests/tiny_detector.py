@@ -64,7 +64,7 @@ def make(folder: Path) -> Path:
     reader = _core.Reader(str(folder), list(SITES), engine="candle", threads=1)
 
     texts = [*BENIGN, *ordinary_sentences(200)]
-    options = {"window": 8, "stride": 4, "max_tokens": 1024, "closing": []}
+    options = {"window": 8, "stride": 4, "max_tokens": 1024, "closing": None}
     benign = np.concatenate(reader.window_means(texts, **options))
 
     def last_windows(end: str) -> np.ndarray:
@@ -121,7 +121,7 @@ def write_codebook(
         "novelty_values": np.tile(_NOVELTY[1], (2, 1)),
     }
     metadata = fingerprint | {
-        "format_version": "2",
+        "format_version": "3",
         "detector": "tiny",
         "sites": ",".join(sites),
         "hidden_size": str(benign.shape[1] // len(sites)),

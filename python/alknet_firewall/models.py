@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["DetectorModel", "OnnxModel", "TorchModel"]
+__all__ = ["DetectorModel", "OnnxModel", "Readouts", "TorchModel"]
+
+# Tokens that are read beside a text: how many of its tokens each sees, and the token.
+Readouts = Sequence[tuple[int, int]]
 
 
 @runtime_checkable
@@ -38,9 +41,25 @@ class DetectorModel(Protocol):
     max_position_embeddings: int
     bos_token_id: int | None
 
-    def activations(self, input_ids: list[int]) -> npt.NDArray[np.float32]:
-        """Float32 activations ``(seq_len, n_sites, hidden_size)``; called from any thread."""
+    def activations(self, input_ids: list[int], readouts: Readouts = ()) -> npt.NDArray[np.float32]:
+        """Float32 activations ``(seq_len + n_readouts, n_sites, hidden_size)``.
+
+        Called from any thread. A readout ``(n, token)`` stands at position ``n``, sees the first
+        ``n`` tokens and not itself, and nothing sees it. Their rows follow those of ``input_ids``.
+        Codebooks with a closing token need them; others never ask for any.
+        """
         ...
+
+
+def _beside(
+    input_ids: list[int], readouts: Readouts
+) -> tuple[list[int], list[int], list[list[bool]]]:
+    """Tokens and readouts, their positions, and which of the rows each one sees."""
+    n = len(input_ids)
+    positions = [*range(n), *(after for after, _ in readouts)]
+    seen = [*range(1, n + 1), *(after for after, _ in readouts)]
+    ids = [*input_ids, *(token for _, token in readouts)]
+    return ids, positions, [[row < own for row in range(len(ids))] for own in seen]
 
 
 def _layers(sites: Sequence[str]) -> list[int]:
@@ -91,13 +110,22 @@ class TorchModel:
         self.max_position_embeddings: int = config.max_position_embeddings
         self.bos_token_id: int | None = config.bos_token_id
 
-    def activations(self, input_ids: list[int]) -> npt.NDArray[np.float32]:
+    def activations(self, input_ids: list[int], readouts: Readouts = ()) -> npt.NDArray[np.float32]:
         """See `DetectorModel.activations`."""
-        torch = self._torch
+        torch, device = self._torch, self._model.device
+        beside: dict[str, Any] = {}
+        if readouts:
+            input_ids, positions, seen = _beside(input_ids, readouts)
+            # What is added to the scores: nothing, or the least number there is.
+            hidden = torch.finfo(self._model.dtype).min
+            mask = torch.tensor(seen, device=device).logical_not() * hidden
+            beside["attention_mask"] = mask.to(self._model.dtype)[None, None]
+            beside["position_ids"] = torch.tensor([positions], device=device)
         with torch.inference_mode():
-            ids = torch.tensor([input_ids], device=self._model.device)
-            states = self._model(input_ids=ids, output_hidden_states=True).hidden_states
+            ids = torch.tensor([input_ids], device=device)
+            output = self._model(input_ids=ids, output_hidden_states=True, **beside)
             # hidden_states[0] is the embedding, so layer n's output is number n + 1.
+            states = output.hidden_states
             rows = torch.stack([states[layer + 1][0] for layer in self._layers], dim=1)
             array: npt.NDArray[np.float32] = rows.float().cpu().numpy()
         return array
@@ -110,7 +138,9 @@ class OnnxModel:
     ----------
     path : str
         The graph. Input ``input_ids``, int64 ``(1, seq_len)``; for each site an output of that
-        name, float32 ``(1, seq_len, hidden_size)``.
+        name, float32 ``(1, seq_len, hidden_size)``. For readouts, inputs ``position_ids``, int64
+        ``(1, seq_len)``, and ``attention_mask``, float32 ``(1, 1, seq_len, seq_len)``, which is
+        added to the scores: 0 where a row sees a column, else the least number there is.
     sites : sequence of str
         Names of the outputs to read.
     max_position_embeddings : int
@@ -144,6 +174,7 @@ class OnnxModel:
         self._numpy = numpy
         self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         outputs = {output.name: output.shape for output in self._session.get_outputs()}
+        self._inputs = {graph_input.name for graph_input in self._session.get_inputs()}
         missing = [site for site in sites if site not in outputs]
         if missing:
             raise ModelLoadError(f"{path} has no output {missing[0]!r}, only {sorted(outputs)}")
@@ -152,9 +183,20 @@ class OnnxModel:
         self.max_position_embeddings = max_position_embeddings
         self.bos_token_id = bos_token_id
 
-    def activations(self, input_ids: list[int]) -> npt.NDArray[np.float32]:
+    def activations(self, input_ids: list[int], readouts: Readouts = ()) -> npt.NDArray[np.float32]:
         """See `DetectorModel.activations`."""
-        ids = self._numpy.asarray([input_ids], dtype=self._numpy.int64)
-        outputs = self._session.run(self.sites, {"input_ids": ids})
-        array: npt.NDArray[np.float32] = self._numpy.stack([out[0] for out in outputs], axis=1)
-        return array.astype(self._numpy.float32, copy=False)
+        numpy = self._numpy
+        places = {"position_ids", "attention_mask"}
+        if readouts and not places <= self._inputs:
+            raise ModelLoadError(
+                "this graph has no position_ids and attention_mask: it reads nothing beside a text"
+            )
+        ids, positions, seen = _beside(input_ids, readouts)
+        feed = {"input_ids": numpy.asarray([ids], dtype=numpy.int64)}
+        if places <= self._inputs:
+            feed["position_ids"] = numpy.asarray([positions], dtype=numpy.int64)
+            mask = numpy.where(seen, 0, numpy.finfo(numpy.float32).min).astype(numpy.float32)
+            feed["attention_mask"] = mask[None, None]
+        outputs = self._session.run(self.sites, feed)
+        array: npt.NDArray[np.float32] = numpy.stack([out[0] for out in outputs], axis=1)
+        return array.astype(numpy.float32, copy=False)

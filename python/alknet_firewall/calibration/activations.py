@@ -33,8 +33,35 @@ class Layout:
     stride: int = 4
     segment_tokens: int = 1024
     segment_overlap: int = 256
-    # Tokens that are read after every piece; they gather what it says.
-    closing: tuple[int, ...] = ()
+    # A token that is read after every so many others of a piece and at its end: it gathers what has
+    # been said up to there.
+    closing: int | None = None
+    closing_every: int = 64
+
+    def n_closings(self, n_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How often the closing token is read in pieces of so many tokens."""
+        if self.closing is None:
+            return np.zeros_like(n_tokens)
+        return -(-n_tokens // self.closing_every)
+
+    def closed_by(
+        self, starts: npt.NDArray[np.int64], n_tokens: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Which closing token, counted over all texts, is the first after each window.
+
+        Parameters
+        ----------
+        starts : ndarray
+            ``(n_texts + 1,)``: text ``i`` owns windows ``starts[i]`` to ``starts[i + 1]``.
+        n_tokens : ndarray
+            ``(n_texts,)``.
+        """
+        lengths = np.diff(starts)
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        ends = np.minimum(within * self.stride + self.window, np.repeat(n_tokens, lengths))
+        first = np.concatenate([[0], np.cumsum(self.n_closings(n_tokens))[:-1]])
+        closed: npt.NDArray[np.int64] = np.repeat(first, lengths) + self.n_closings(ends) - 1
+        return closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +77,16 @@ class WindowStore:
     n_tokens : ndarray
         Int64 ``(n_texts,)``.
     closing : ndarray, optional
-        Float16 ``(n_texts, n_sites * hidden_size)``: means of the closing tokens after every text.
+        Float16 ``(n_closings, n_sites * hidden_size)``: the closing tokens, text by text.
+    closed_by : ndarray, optional
+        Int64 ``(n_windows,)``: the row of ``closing`` that is the first after each window.
     """
 
     data: npt.NDArray[np.float16]
     starts: npt.NDArray[np.int64]
     n_tokens: npt.NDArray[np.int64]
-    closing: npt.NDArray[np.float16] | None
+    closing: npt.NDArray[np.float16] | None = None
+    closed_by: npt.NDArray[np.int64] | None = None
 
 
 def read_windows(
@@ -122,13 +152,13 @@ def _read_into(
             window=layout.window,
             stride=layout.stride,
             max_tokens=layout.segment_tokens,
-            closing=list(layout.closing),
+            closing=None if layout.closing is None else (layout.closing, layout.closing_every),
         )
         tokens = [min(reader.count_tokens(text), layout.segment_tokens) for _, text in batch]
         index.append([digest for digest, _ in batch], means, tokens)
         if progress:
             progress("activations", min(start + _BATCH, len(missing)), len(missing))
-    return index.store(digests, closed=bool(layout.closing))
+    return index.store(digests, layout)
 
 
 class _Index:
@@ -179,14 +209,22 @@ class _Index:
         with self._journal.open("a") as journal:
             journal.writelines(lines)
 
-    def store(self, digests: list[str], *, closed: bool) -> WindowStore:
-        """The rows of some texts; the last one of each is that of the closing tokens, if any."""
+    def store(self, digests: list[str], layout: Layout) -> WindowStore:
+        """The rows of some texts; the last ones of each are those of the closing token, if any."""
         shape = (self._rows, self._width)
         data = np.memmap(self._data, dtype="<f2", mode="r", shape=shape)
-        spans = np.array([self.entries[digest][:2] for digest in digests], dtype=np.int64)
-        closing = data[spans[:, 1] - 1] if closed else None
-        spans[:, 1] -= closed
-        order = np.concatenate([np.arange(a, b) for a, b in spans]) if len(spans) else np.empty(0)
-        starts = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])]).astype(np.int64)
-        n_tokens = np.array([self.entries[digest][2] for digest in digests], dtype=np.int64)
-        return WindowStore(data[order.astype(np.int64)], starts, n_tokens, closing)
+        entries = [self.entries[digest] for digest in digests]
+        first, end, n_tokens = np.array(entries, dtype=np.int64).reshape(-1, 3).T
+        middle = end - layout.n_closings(n_tokens)
+        starts = np.concatenate([[0], np.cumsum(middle - first)])
+        windows = data[_ranges(first, middle)]
+        if layout.closing is None:
+            return WindowStore(windows, starts, n_tokens)
+        closed_by = layout.closed_by(starts, n_tokens)
+        return WindowStore(windows, starts, n_tokens, data[_ranges(middle, end)], closed_by)
+
+
+def _ranges(first: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The numbers from each of some to each of others, one range after the other."""
+    ranges = [np.arange(a, b) for a, b in zip(first, end, strict=True)]
+    return np.concatenate([np.empty(0, dtype=np.int64), *ranges])

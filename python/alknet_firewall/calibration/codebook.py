@@ -79,7 +79,7 @@ def compile_codebook(
     directions += [{"name": name, "scored": False} for name in behaviours]
     counts = Counter((row.source, row.kind) for row in corpus.rows)
     metadata = _core.fingerprint(str(detector)) | {
-        "format_version": "2",
+        "format_version": "3",
         "detector": detector.name,
         "library_version": _core.__version__,
         "sites": ",".join(layout.sites),
@@ -87,7 +87,9 @@ def compile_codebook(
         "window": str(layout.window),
         "stride": str(layout.stride),
         "scales": json.dumps(options.scales),
-        "closing": json.dumps(layout.closing),
+        "closing": json.dumps(
+            layout.closing and {"token": layout.closing, "every": layout.closing_every}
+        ),
         "segment_tokens": str(layout.segment_tokens),
         "segment_overlap": str(layout.segment_overlap),
         "length_classes": json.dumps(LENGTH_CLASSES),
@@ -258,11 +260,12 @@ def _statistics(
     def is_read(info: Mapping[str, Any]) -> bool:
         return None in (info.get("origin"), origin) or info["origin"] == origin
 
-    lengths = np.diff(corpus.windows.starts)
+    windows = corpus.windows
+    lengths = np.diff(windows.starts)
     own = [d for d, info in enumerate(directions) if info["scored"] and is_read(info)]
     weights, bias = tensors["direction_weights"][:, own], tensors["direction_bias"][own]
-    every = np.arange(len(corpus.rows))
-    closing = project_closing(tensors["mean"], tensors["components"], corpus.windows, every)
+    every = np.arange(len(windows.x))
+    closing = project_closing(tensors["mean"], tensors["components"], windows, every)
     return largest_logits(z, lengths, weights, bias, scales, closing)
 
 

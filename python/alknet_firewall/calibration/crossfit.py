@@ -61,7 +61,7 @@ class Corpus:
         return Labels(self.attack, groups, documents, foreign, apart)
 
     def scales(self, options: FitOptions) -> list[Windows]:
-        """What the models read: runs at every scale, and the closing tokens; made once."""
+        """What the models read: runs at every scale, and the closing token; made once."""
         return [self._scale(n)[0] for n in self._readings(options)]
 
     def moments(self, options: FitOptions) -> list[dict[Group, Moments]]:

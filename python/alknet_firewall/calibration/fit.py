@@ -14,8 +14,9 @@ positive window; the right singular vectors of these rows, each scaled by its si
 ridge logistic regression on the projections, classes balanced, sources weighing 1/√n, so that a
 vector on which few groups agree takes part little; (6) again from (2).
 
-Tokens that are read after a text gather what all of it says. Their mean is read by a model made in
-the same way, of one row a text, whose log-odds are added to those of every frame.
+A token that is read after every so many tokens of a text, and at its end, gathers what has been
+said up to there. A model made in the same way reads it; the log-odds of the first one after a frame
+are added to those of the frame.
 
 Groups of public documents weigh more in (1) and (3): they are few, no two are alike, and what reads
 like an order to a model must stand out from them.
@@ -26,7 +27,7 @@ text in all languages: a ridge on all whitened dimensions, since there is little
 could agree on. A frame counts by the larger of the two.
 
 The components are the first singular vectors of the windows, then what their model has outside
-them, the models of each longer scale and of the closing tokens, and last those of the other
+them, the models of each longer scale and of the closing token, and last those of the other
 languages.
 """
 
@@ -74,8 +75,8 @@ class FitOptions:
     # Consecutive windows, rising from 1, of whose means a model is fitted; how much each counts.
     scales: tuple[int, ...] = (1, 3, 7)
     scale_weights: tuple[float, ...] = (0.5, 0.25, 0.25)
-    # How much the model of the closing tokens counts, where there are any.
-    closing_weight: float = 0.2
+    # How much the model of the closing token counts, where there is one.
+    closing_weight: float = 0.4
     # Rows of the projection, one a model at least; the scored directions are exact with any number.
     n_components: int = 16
     shrinkage: float = 0.3
@@ -142,12 +143,15 @@ class Windows:
     starts : ndarray
         ``(n_texts + 1,)``: text ``i`` owns rows ``starts[i]`` to ``starts[i + 1]``.
     closing : ndarray, optional
-        ``(n_texts, width)``: means of the tokens that are read after every text.
+        ``(n_closings, width)``: the tokens that close parts of the texts, text by text.
+    closed_by : ndarray, optional
+        ``(n_windows,)``: the row of ``closing`` that is the first after each window.
     """
 
     x: npt.NDArray[Any]
     starts: Ints
     closing: npt.NDArray[Any] | None = None
+    closed_by: Ints | None = None
 
     def rows(self, texts: npt.NDArray[Any]) -> Ints:
         """Window rows of some texts, text by text."""
@@ -159,9 +163,10 @@ class Windows:
         return (self.x[rows[start : start + size]] for start in range(0, len(rows), size))
 
     def closings(self) -> Windows:
-        """The means of the closing tokens as windows, one a text."""
+        """The closing tokens of every text as its windows."""
         assert self.closing is not None
-        return Windows(self.closing, np.arange(len(self.closing) + 1))
+        assert self.closed_by is not None
+        return Windows(self.closing, np.append(self.closed_by[self.starts[:-1]], len(self.closing)))
 
     def runs(self, n: int) -> Windows:
         """Means of every ``n`` consecutive windows; a text of fewer is one run."""
@@ -240,7 +245,8 @@ class Scorer:
     """The scored directions of frames, with ``z = components @ (x − mean)`` of their windows.
 
     ``logit[d] = Σ_s max_r mean_{w in r}(weights[s, d] · z_w) + bias[d]``, ``r`` its runs of scale
-    ``s``; where there are closing tokens, with ``weights[-1, d] · z`` of their mean besides.
+    ``s``; where there is a closing token, with ``weights[-1, d] · z`` of the first after it
+    besides.
 
     Attributes
     ----------
@@ -264,9 +270,10 @@ class Scorer:
 
     def largest(self, windows: Windows, texts: npt.NDArray[Any]) -> Array:
         """Largest logit of some texts, ``(len(texts),)``."""
-        z = project(self.mean, self.components, windows, windows.rows(texts))
+        rows = windows.rows(texts)
+        z = project(self.mean, self.components, windows, rows)
         lengths = np.diff(windows.starts)[texts]
-        closing = project_closing(self.mean, self.components, windows, texts)
+        closing = project_closing(self.mean, self.components, windows, rows)
         return largest_logits(z, lengths, self.weights, self.bias, self.scales, closing)
 
 
@@ -278,22 +285,25 @@ def largest_logits(
     scales: Sequence[int],
     closing: Array | None,
 ) -> Array:
-    """Largest log-odds over the frames of every text and some directions, see `Scorer`."""
+    """Largest log-odds over the frames of every text and some directions, see `Scorer`.
+
+    ``z`` and ``closing`` are those of the windows and of what closes each.
+    """
+    ends = np.zeros((len(z), len(bias))) if closing is None else closing @ weights[-1].T
     directions = weights[: len(scales)].swapaxes(0, 1)
-    largest = np.stack([pool(z @ w.T, lengths, scales) for w in directions], axis=1) + bias
-    if closing is not None:
-        largest += closing @ weights[-1].T
-    result: Array = largest.max(axis=1)
+    pooled = [
+        pool(z @ w.T, lengths, scales, end) for w, end in zip(directions, ends.T, strict=True)
+    ]
+    result: Array = (np.stack(pooled, axis=1) + bias).max(axis=1)
     return result
 
 
-def project_closing(
-    mean: Array, components: Array, windows: Windows, texts: npt.NDArray[Any]
-) -> Array | None:
-    """Projections ``(len(texts), n_components)`` of the closing tokens of some texts, if any."""
-    if windows.closing is None:
+def project_closing(mean: Array, components: Array, windows: Windows, rows: Ints) -> Array | None:
+    """Projections ``(len(rows), n_components)`` of what closes some windows, if anything does."""
+    if windows.closed_by is None:
         return None
-    return project(mean, components, windows.closings(), texts)
+    own, places = np.unique(windows.closed_by[rows], return_inverse=True)
+    return project(mean, components, windows.closings(), own)[places]
 
 
 def project(mean: Array, components: Array, windows: Windows, rows: Ints) -> Array:
@@ -306,8 +316,10 @@ def project(mean: Array, components: Array, windows: Windows, rows: Ints) -> Arr
     return np.concatenate(blocks) if blocks else np.empty((0, len(components)))
 
 
-def pool(terms: Array, lengths: Ints, scales: Sequence[int]) -> Array:
+def pool(terms: Array, lengths: Ints, scales: Sequence[int], ends: Array) -> Array:
     """Largest frame of every text: the sum, over scales, of the largest mean of a run in it.
+
+    What its last window has in ``ends`` is added to a frame.
 
     Parameters
     ----------
@@ -317,13 +329,15 @@ def pool(terms: Array, lengths: Ints, scales: Sequence[int]) -> Array:
         Windows of every text, ``(n_texts,)``.
     scales : sequence of int
         Windows of a run, rising; a frame is a run of the last. A text of fewer is one run.
+    ends : ndarray
+        ``(n_windows,)``.
     """
     largest = np.empty(len(lengths))
     end = 0
     for t, length in enumerate(lengths):
         start, end = end, end + length
         frame = min(scales[-1], length)
-        total = np.zeros(length - frame + 1)
+        total = ends[start + frame - 1 : end].copy()
         for scale, own in zip(scales, terms[start:end].T, strict=True):
             run = min(scale, frame)
             means = sliding_window_view(own, run).mean(axis=1)
@@ -352,7 +366,7 @@ def fit_scorer(
     Parameters
     ----------
     scales : sequence of Windows
-        `Windows.runs` of every scale, and `Windows.closings` where there are closing tokens.
+        `Windows.runs` of every scale, and `Windows.closings` where there is a closing token.
     moments : sequence of dict
         Of each scale, `group_moments` of every group among ``texts``.
     """
@@ -371,7 +385,7 @@ def fit_scorer(
     texts = texts[~labels.apart[texts]]
     leading = max(options.n_components - len(scales) - len(foreign) + 1, 1)
     sizes = [leading, *[1] * (len(scales) - 1)]
-    # The closing tokens count for attacks in any language.
+    # The closing token counts for attacks in any language.
     places = [(slice(1), share) for share in options.scale_weights]
     places.append((slice(None), options.closing_weight))
     main = []

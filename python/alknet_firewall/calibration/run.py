@@ -30,7 +30,9 @@ CLOSING = "<|im_end|>"
 
 def default_layout(detector: Path) -> Layout:
     """The layout of a codebook for a detector folder's model."""
-    return Layout(closing=tuple(_core.token_ids(str(detector), CLOSING)))
+    # A tokenizer without that token makes several of it.
+    token, *more = _core.token_ids(str(detector), CLOSING)
+    return Layout(closing=None if more else token)
 
 
 def load_corpus(
@@ -77,7 +79,8 @@ def load_corpus(
     readable = store.n_tokens > 0
     if not readable.all():
         raise InputError("a row of the corpus holds no token")
-    return Corpus(rows, Windows(store.data, store.starts, store.closing), store.n_tokens)
+    windows = Windows(store.data, store.starts, store.closing, store.closed_by)
+    return Corpus(rows, windows, store.n_tokens)
 
 
 def calibrate(
@@ -113,8 +116,9 @@ def calibrate_null(
     numbers = {
         n: int(metadata[n]) for n in ("window", "stride", "segment_tokens", "segment_overlap")
     }
-    sites, closing = metadata["sites"].split(","), json.loads(metadata.get("closing", "[]"))
-    layout = replace(Layout(), sites=tuple(sites), closing=tuple(closing), **numbers)
+    layout = replace(Layout(), sites=tuple(metadata["sites"].split(",")), **numbers)
+    if closing := json.loads(metadata.get("closing", "null")):
+        layout = replace(layout, closing=closing["token"], closing_every=closing["every"])
     corpus = load_corpus(
         detector, paths, layout, authored=False, progress=progress, **corpus_options
     )

@@ -72,7 +72,7 @@ fn repeat(backend: &NativeBackend, input_ids: &[TokenId]) -> alknet_core::Result
     while times.len() < 5 || begin.elapsed() < Duration::from_secs(2) {
         let start = Instant::now();
         let mut cache = backend.new_cache();
-        backend.forward(&mut [Sequence { input_ids, cache: &mut cache }], &Discard)?;
+        backend.forward(&mut [Sequence::new(input_ids, &mut cache)], &Discard)?;
         times.push(start.elapsed());
     }
     Ok(times)

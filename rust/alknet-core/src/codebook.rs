@@ -5,7 +5,7 @@
 //! | `mean` | `[n_sites · hidden_size]` | μ |
 //! | `components` | `[n_components, n_sites · hidden_size]` | C, whitening folded in |
 //! | `cdf_knots`, `cdf_values` | `[n_components, n_knots]` | distribution of each windowed projection in benign text |
-//! | `direction_weights` | `[n_scales (+ 1), n_directions, n_components]` | logistic models on windowed projections: of each scale, the run with the largest mean counts; where there are closing tokens, on their mean last |
+//! | `direction_weights` | `[n_scales (+ 1), n_directions, n_components]` | logistic models on windowed projections: of each scale, the run with the largest mean counts; where there is a closing token, on that last |
 //! | `direction_bias` | `[n_directions]` | their constants |
 //! | `null_knots`, `null_values` | `[n_origins, n_length_classes, n_knots]` | −log₁₀ share of benign texts whose statistic is at least the knot |
 //! | `novelty_knots`, `novelty_values` | `[n_length_classes, n_knots]` | the same for novelty |
@@ -21,18 +21,18 @@ use serde::Deserialize;
 
 use crate::{
     error::{Error, Result},
-    model::{Site, TokenId, check_sites, config::read_at_most},
+    model::{Site, check_sites, config::read_at_most},
     spline::MonotoneSpline,
+    window::Closing,
 };
 
 /// Largest codebook file that is read, in bytes. The shipped one has about 100 kB.
 pub const MAX_BYTES: u64 = 64 << 20;
 
-const FORMAT_VERSION: &str = "2";
+const FORMAT_VERSION: &str = "3";
 const MAX_COMPONENTS: usize = 1024;
 const MAX_DIRECTIONS: usize = 256;
 const MAX_SCALES: usize = 16;
-const MAX_CLOSING: usize = 64;
 const MAX_KNOTS: usize = 1024;
 const MAX_TOKENS: usize = 1 << 20;
 
@@ -112,8 +112,8 @@ pub struct Codebook {
     pub length_classes: Vec<usize>,
     /// Origins that have a null of their own; `None`, for texts whose origin is unknown, always has.
     pub origins: Vec<Option<Origin>>,
-    /// Tokens that are read after every piece; their mean counts besides the windows.
-    pub closing: Vec<TokenId>,
+    /// What is read after every so many tokens of a piece, and counts besides the windows.
+    pub closing: Option<Closing>,
     /// One per row of `direction_weights`.
     pub directions: Vec<DirectionInfo>,
     /// Every metadata entry of the file, for `inspect`.
@@ -141,12 +141,11 @@ impl Codebook {
 
     /// Checks the bytes of a codebook file.
     ///
-    /// Metadata: `format_version` (2), `detector`, `weights_sha256`, `tokenizer_sha256`,
+    /// Metadata: `format_version` (3), `detector`, `weights_sha256`, `tokenizer_sha256`,
     /// `config_sha256`, `sites` (comma-separated), `hidden_size`, `window`, `stride`, `scales` (JSON list),
     /// `segment_tokens`, `segment_overlap`, `length_classes` (JSON list), `origins` (JSON list
     /// of `"user"`, `"document"` and `null`), `directions` (JSON list of [`DirectionInfo`]) and, if there
-    /// are any, `closing` (JSON list of tokens that are read after every piece of a text). Further entries
-    /// are kept and not interpreted.
+    /// is one, `closing` (JSON of a [`Closing`]). Further entries are kept and not interpreted.
     ///
     /// # Errors
     /// [`Error::Codebook`] saying what was found and what was expected.
@@ -184,17 +183,16 @@ impl Codebook {
         check_rising("scales", &scales, MAX_SCALES)?;
         check_rising("length_classes", &length_classes, 64)?;
         check_lists(&origins, &directions)?;
-        let closing: Vec<TokenId> = match metadata.0.contains_key("closing") {
+        let closing: Option<Closing> = match metadata.0.contains_key("closing") {
             true => metadata.json("closing")?,
-            false => Vec::new(),
+            false => None,
         };
-        if closing.len() > MAX_CLOSING {
+        if let Some(Closing { every, .. }) = closing.filter(|closing| closing.every < window) {
             return Err(format!(
-                "{} closing tokens; at most {MAX_CLOSING} are read",
-                closing.len()
+                "a closing token every {every} tokens; a window of {window} is the least"
             ));
         }
-        let readings = scales.len() + usize::from(!closing.is_empty());
+        let readings = scales.len() + usize::from(closing.is_some());
 
         let columns = sites.len() * hidden_size;
         let tensors = Tensors(&file);
@@ -268,7 +266,7 @@ impl Codebook {
     }
 
     /// What mean projections `z`, `[n_components]`, add to the log-odds of every direction, as those of
-    /// runs of every scale and as those of the closing tokens: `[n_scales (+ 1), n_directions]`.
+    /// runs of every scale and as that of the closing token: `[n_scales (+ 1), n_directions]`.
     pub fn terms(&self, z: &[f32]) -> Vec<f64> {
         let dot = |weights: &[f32]| -> f64 {
             weights.iter().zip(z).map(|(w, z)| f64::from(*w) * f64::from(*z)).sum()

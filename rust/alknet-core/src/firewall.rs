@@ -109,7 +109,7 @@ impl Firewall {
     /// A firewall over any reader.
     ///
     /// # Errors
-    /// [`Error::Codebook`] when the codebook's sites, width, segments or closing tokens are not the reader's.
+    /// [`Error::Codebook`] when the codebook's sites, width, segments or closing token are not the reader's.
     pub fn new(reader: Reader, codebook: Codebook, options: &FirewallOptions) -> Result<Self> {
         let backend = reader.backend();
         if backend.sites() != codebook.sites || backend.hidden_size() != codebook.hidden_size {
@@ -121,16 +121,17 @@ impl Firewall {
                 backend.hidden_size()
             )));
         }
-        let most = codebook.segment_tokens + codebook.closing.len();
+        let most = codebook.segment_tokens + usize::from(codebook.closing.is_some());
         if most > reader.max_tokens() {
             return Err(Error::Codebook(format!(
                 "segments of {most} tokens, the model reads {} at once",
                 reader.max_tokens()
             )));
         }
-        if let Some(id) = codebook.closing.iter().find(|id| !reader.tokenizer().has(**id)) {
+        if let Some(closing) = codebook.closing.filter(|own| !reader.tokenizer().has(own.token)) {
             return Err(Error::Codebook(format!(
-                "closing token {id} is not one of the tokenizer's"
+                "closing token {} is not one of the tokenizer's",
+                closing.token
             )));
         }
         let Thresholds { suspicious, dangerous } = options.thresholds;
@@ -242,19 +243,21 @@ impl Firewall {
         let input_ids: Vec<_> = pieces.iter().map(|&(c, p)| cases[c].input_ids(p)).collect();
         let projections = self.batcher.read(&input_ids, &|input_ids| self.project(input_ids))?;
         for (&(c, p), projections) in pieces.iter().zip(projections) {
-            cases[c].pieces[p].frames = score::frames(&self.codebook, &projections)?;
+            let piece = &mut cases[c].pieces[p];
+            let (tokens, closings) =
+                projections.split_at(piece.tokens.len() * self.codebook.n_components());
+            piece.frames = score::frames(&self.codebook, tokens, closings)?;
         }
         Ok(())
     }
 
-    /// Runs the engine over some pieces, each with the closing tokens after it.
+    /// Runs the engine over some pieces; the projections of what closes a piece follow those of its tokens.
     fn project(&self, input_ids: &[&[TokenId]]) -> Result<Vec<Projections>> {
-        let closing = &self.codebook.closing[..];
-        let closed: Vec<_> = input_ids.iter().map(|ids| [ids, closing].concat()).collect();
-        let input_ids: Vec<_> = closed.iter().map(Vec::as_slice).collect();
-        let seq_lens: Vec<_> = input_ids.iter().map(|ids| ids.len()).collect();
-        let projector = Projector::new(&self.codebook, &seq_lens);
-        self.reader.read(&input_ids, &projector)?;
+        let closing = self.codebook.closing.as_ref();
+        let n_rows = |ids: &&[TokenId]| ids.len() + closing.map_or(0, |own| own.count(ids.len()));
+        let n_rows: Vec<_> = input_ids.iter().map(n_rows).collect();
+        let projector = Projector::new(&self.codebook, &n_rows);
+        self.reader.read(input_ids, closing, &projector)?;
         Ok(projector.into_sequences())
     }
 

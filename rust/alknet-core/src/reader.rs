@@ -10,12 +10,12 @@ use crate::{
     capture::{Activations, Capture},
     error::{Error, Result},
     model::{
-        Backend, KvCache, LlamaConfig, Sequence, Sink, Site, TokenId, candle::CandleBackend,
-        native::NativeBackend, weights::Weights,
+        Backend, KvCache, LlamaConfig, Readout, Sequence, Sink, Site, TokenId,
+        candle::CandleBackend, native::NativeBackend, weights::Weights,
     },
     project::inverse_rms,
     tokenize::Tokenizer,
-    window,
+    window::{self, Closing},
 };
 
 /// Which engine runs the model.
@@ -92,8 +92,7 @@ impl Reader {
     ) -> Result<Self> {
         let mut prefix = backend.new_cache();
         if let Some(bos) = bos_token_id {
-            let batch = &mut [Sequence { input_ids: &[bos], cache: &mut prefix }];
-            backend.forward(batch, &Discard)?;
+            backend.forward(&mut [Sequence::new(&[bos], &mut prefix)], &Discard)?;
         }
         Ok(Self { tokenizer, backend, prefix })
     }
@@ -118,7 +117,7 @@ impl Reader {
         self.backend.max_position_embeddings().saturating_sub(self.prefix.len())
     }
 
-    /// Reads `input_ids` after what `cache` holds and hands the rows to `sink`.
+    /// Reads `input_ids` after what `cache` holds, and `readouts`, and hands the rows to `sink`.
     ///
     /// # Errors
     /// As [`Backend::forward`].
@@ -126,21 +125,33 @@ impl Reader {
         &self,
         cache: &mut KvCache,
         input_ids: &[TokenId],
+        readouts: &[Readout],
         sink: &dyn Sink,
     ) -> Result<()> {
-        self.backend.forward(&mut [Sequence { input_ids, cache }], sink)
+        self.backend.forward(&mut [Sequence { input_ids, readouts, cache }], sink)
     }
 
-    /// Reads several pieces from their beginning, in one pass, and hands the rows to `sink`.
+    /// Reads several pieces from their beginning, in one pass, and hands the rows to `sink`: of every piece
+    /// those of its tokens, then those of `closing`, if there is one.
     ///
     /// # Errors
     /// As [`Backend::forward`].
-    pub fn read(&self, pieces: &[&[TokenId]], sink: &dyn Sink) -> Result<()> {
+    pub fn read(
+        &self,
+        pieces: &[&[TokenId]],
+        closing: Option<&Closing>,
+        sink: &dyn Sink,
+    ) -> Result<()> {
         let mut caches = vec![self.prefix.clone(); pieces.len()];
+        let readouts = |piece: &&[TokenId]| {
+            closing.map_or_else(Vec::new, |closing| closing.readouts(0..piece.len()))
+        };
+        let readouts: Vec<_> = pieces.iter().map(readouts).collect();
         let mut batch: Vec<_> = pieces
             .iter()
+            .zip(&readouts)
             .zip(&mut caches)
-            .map(|(input_ids, cache)| Sequence { input_ids, cache })
+            .map(|((input_ids, readouts), cache)| Sequence { input_ids, readouts, cache })
             .collect();
         self.backend.forward(&mut batch, sink)
     }
@@ -161,14 +172,14 @@ impl Reader {
         let mut activations = self.zeros(n);
         if n > 0 {
             let capture = Capture::new(std::slice::from_mut(&mut activations));
-            self.read(&[&encoding.input_ids], &capture)?;
+            self.read(&[&encoding.input_ids], None, &capture)?;
         }
         Ok(activations)
     }
 
     /// Mean activations, each token's at root mean square 1 per site, of every window of several texts,
-    /// for calibration: per text, `[n_windows, n_sites · hidden_size]`, and where there are closing tokens
-    /// a row more, their mean.
+    /// for calibration: per text, `[n_windows, n_sites · hidden_size]`, and after them those of `closing`, a row
+    /// each time that it is read.
     ///
     /// # Errors
     /// [`Error::Config`] for a layout that leaves tokens out, and as [`Backend::forward`].
@@ -176,23 +187,30 @@ impl Reader {
         &self,
         texts: &[&str],
         layout: &WindowLayout,
-        closing: &[TokenId],
+        closing: Option<&Closing>,
     ) -> Result<Vec<Vec<f32>>> {
         layout.check()?;
+        if let Some(Closing { every, .. }) = closing.filter(|own| own.every < layout.window) {
+            let window = layout.window;
+            return Err(Error::Config(format!(
+                "closing every {every} tokens: a window of {window} is the least"
+            )));
+        }
         let encode = |text: &&str| -> Result<Vec<TokenId>> {
             let mut input_ids = self.tokenizer.encode(text)?.input_ids;
             input_ids.truncate(layout.max_tokens);
-            input_ids.extend(closing);
             Ok(input_ids)
         };
         let pieces = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
         let mut means = Vec::with_capacity(pieces.len());
         for pass in passes(&pieces, Vec::len) {
-            let mut read: Vec<_> = pass.iter().map(|piece| self.zeros(piece.len())).collect();
-            let pass: Vec<_> = pass.iter().map(Vec::as_slice).collect();
-            self.read(&pass, &Capture::new(&mut read))?;
-            let rows = |activations| rows_of(activations, layout, closing.len());
-            means.extend(read.into_iter().map(rows));
+            let n_closings = |n_tokens| closing.map_or(0, |closing| closing.count(n_tokens));
+            let n_rows = |piece: &Vec<TokenId>| piece.len() + n_closings(piece.len());
+            let mut read: Vec<_> = pass.iter().map(|piece| self.zeros(n_rows(piece))).collect();
+            let ids: Vec<_> = pass.iter().map(Vec::as_slice).collect();
+            self.read(&ids, closing, &Capture::new(&mut read))?;
+            let rows = read.into_iter().zip(pass);
+            means.extend(rows.map(|(activations, ids)| rows_of(activations, layout, ids.len())));
         }
         Ok(means)
     }
@@ -203,22 +221,21 @@ impl Reader {
     }
 }
 
-/// Means of the windows of one text, and of the closing tokens after it.
-fn rows_of(mut activations: Activations, layout: &WindowLayout, n_closing: usize) -> Vec<f32> {
+/// Means of the windows of one text of `n_tokens`, and what closes it as it is.
+fn rows_of(mut activations: Activations, layout: &WindowLayout, n_tokens: usize) -> Vec<f32> {
     for row in activations.data.chunks_exact_mut(activations.hidden_size) {
         let scale = inverse_rms(row);
         row.iter_mut().for_each(|h| *h *= scale);
     }
     let width = activations.n_sites * activations.hidden_size;
-    let n_tokens = activations.seq_len - n_closing;
     let windows = window::ranges(n_tokens, layout.window, layout.stride);
-    let closing = (n_closing > 0).then_some(n_tokens..activations.seq_len);
     let mut rows = Vec::new();
-    for range in windows.chain(closing) {
+    for range in windows {
         let start = rows.len();
         rows.resize(start + width, 0.0);
         window::mean(&activations.data, width, range, &mut rows[start..]);
     }
+    rows.extend_from_slice(&activations.data[n_tokens * width..]);
     rows
 }
 

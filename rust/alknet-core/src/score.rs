@@ -2,8 +2,9 @@
 //!
 //! Windows are judged in frames of a few consecutive ones. The log-odds of a direction in a frame are
 //! a constant and a term of every scale: of the frame's runs of so many windows, the one with the
-//! largest mean counts. An order of few words shows in a window, a longer one in a longer run. Tokens
-//! that close the piece gather what all of it says: their mean adds a term to every frame. Per
+//! largest mean counts. An order of few words shows in a window, a longer one in a longer run. A token
+//! that is read after every so many others, and at the end, gathers what has been said: the first one after a
+//! frame adds a term to it. Per
 //! origin, a frame's statistic is its largest log-odds over its scored directions, and the piece's
 //! statistic is its largest frame; the benign null of that maximum, for the length class, turns it
 //! into `x = −log₁₀ p`. Novelty is the same with the mean tail depth of the components in the deepest
@@ -44,15 +45,27 @@ struct Window {
 /// Scores every frame of one piece; a piece of fewer windows than a frame has is one frame.
 ///
 /// # Shapes
-/// - `projections`: `[n_tokens + n_closing, n_components]`, the closing tokens last
+/// - `projections`: `[n_tokens, n_components]`
+/// - `closings`: `[n_closings, n_components]`, see [`Closing`](crate::window::Closing)
 ///
 /// # Errors
-/// [`Error::Inference`] when any number is not finite: such a piece has no verdict.
-pub fn frames(codebook: &Codebook, projections: &[f32]) -> Result<Vec<FrameScore>> {
+/// [`Error::Inference`] when any number is missing or not finite: such a piece has no verdict.
+pub fn frames(
+    codebook: &Codebook,
+    projections: &[f32],
+    closings: &[f32],
+) -> Result<Vec<FrameScore>> {
     let k = codebook.n_components();
-    let n_tokens = (projections.len() / k).saturating_sub(codebook.closing.len());
+    let n_tokens = projections.len() / k;
     let class = codebook.length_class(n_tokens);
-    let constants = constants(codebook, &projections[n_tokens * k..]);
+    let n_closings = codebook.closing.map_or(0, |closing| closing.count(n_tokens));
+    if closings.len() != n_closings * k {
+        return Err(Error::Inference(format!(
+            "{} closing tokens of {n_closings} were read: the text was not screened",
+            closings.len() / k
+        )));
+    }
+    let constants = constants(codebook, closings);
     let mut z = vec![0.0; k];
     let windows: Vec<Window> = window::ranges(n_tokens, codebook.window, codebook.stride)
         .map(|tokens| {
@@ -61,21 +74,27 @@ pub fn frames(codebook: &Codebook, projections: &[f32]) -> Result<Vec<FrameScore
         })
         .collect();
     let len = codebook.scales.last().map_or(1, |frame| (*frame).min(windows.len()).max(1));
-    windows.windows(len).map(|windows| score(codebook, class, &constants, windows)).collect()
+    let score = |windows: &[Window]| {
+        let end = windows.last().map_or(n_tokens, |window| window.tokens.end);
+        let closing = codebook.closing.map_or(0, |closing| closing.after(end));
+        score(codebook, class, &constants[closing], windows)
+    };
+    windows.windows(len).map(score).collect()
 }
 
-/// What all frames of a piece have in common: of every direction the constant, and what the closing
-/// tokens, `[n_closing, n_components]`, add.
-fn constants(codebook: &Codebook, closing: &[f32]) -> Vec<f64> {
-    let biases = (0..codebook.directions.len()).map(|d| codebook.bias(d));
-    if codebook.closing.is_empty() {
-        return biases.collect();
+/// What all frames up to a closing token have in common, for each of them: of every direction the constant, and
+/// what the token adds.
+fn constants(codebook: &Codebook, closings: &[f32]) -> Vec<Vec<f64>> {
+    let bias: Vec<_> = (0..codebook.directions.len()).map(|d| codebook.bias(d)).collect();
+    if codebook.closing.is_none() {
+        return vec![bias];
     }
-    let mut z = vec![0.0; codebook.n_components()];
-    window::mean(closing, z.len(), 0..codebook.closing.len(), &mut z);
-    let terms = codebook.terms(&z);
-    let own = &terms[codebook.scales.len() * codebook.directions.len()..];
-    biases.zip(own).map(|(bias, term)| bias + term).collect()
+    let add = |z: &[f32]| {
+        let terms = codebook.terms(z);
+        let own = &terms[codebook.scales.len() * bias.len()..];
+        bias.iter().zip(own).map(|(bias, term)| bias + term).collect()
+    };
+    closings.chunks_exact(codebook.n_components()).map(add).collect()
 }
 
 /// Reads one window from its mean projections `z`, `[n_components]`.

@@ -69,6 +69,8 @@ pub(crate) struct Segment {
     pub(crate) frames: Vec<FrameScore>,
     /// `[tokens.len(), n_components]`; empty once the next segment has begun.
     projections: Vec<f32>,
+    /// `[n, n_components]`: what closes the segment in the places where more tokens will not change it.
+    closings: Vec<f32>,
 }
 
 impl Stream {
@@ -250,6 +252,7 @@ impl Stream {
             tokens: start..start,
             frames: Vec::new(),
             projections: Vec::new(),
+            closings: Vec::new(),
         });
         self.cache = self.firewall.reader().start();
     }
@@ -260,16 +263,20 @@ impl Stream {
         let Some(segment) = self.segments.last_mut() else { return Ok(()) };
         let end = limit.min(segment.tokens.start + codebook.segment_tokens);
         let new = &self.encoding.input_ids[segment.tokens.end..end];
-        let closed = [new, &codebook.closing].concat();
-        let projector = Projector::new(codebook, &[closed.len()]);
-        let kept = self.cache.len() + new.len();
-        self.firewall.reader().extend(&mut self.cache, &closed, &projector)?;
-        // What closes the segment now is no part of what follows.
-        self.cache.truncate(kept);
-        segment.projections.append(&mut projector.into_sequences()[0]);
-        segment.frames = score::frames(codebook, &segment.projections)?;
+        let within = segment.tokens.len()..end - segment.tokens.start;
+        let closing = codebook.closing.as_ref();
+        let readouts = closing.map_or_else(Vec::new, |closing| closing.readouts(within.clone()));
+        let projector = Projector::new(codebook, &[new.len() + readouts.len()]);
+        self.firewall.reader().extend(&mut self.cache, new, &readouts, &projector)?;
+        let read = &projector.into_sequences()[0];
+        let (tokens, closings) = read.split_at(new.len() * codebook.n_components());
+        segment.projections.extend_from_slice(tokens);
+        segment.closings.extend_from_slice(closings);
+        segment.frames = score::frames(codebook, &segment.projections, &segment.closings)?;
         segment.tokens.end = end;
-        segment.projections.truncate(segment.tokens.len() * codebook.n_components());
+        // What closes the segment now stands elsewhere when more has arrived.
+        let stay = closing.map_or(0, |closing| within.end / closing.every);
+        segment.closings.truncate(stay * codebook.n_components());
         Ok(())
     }
 }

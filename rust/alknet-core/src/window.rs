@@ -1,6 +1,40 @@
-//! Windows: rolling means of the projections over consecutive tokens.
+//! Windows: rolling means of the projections over consecutive tokens; and where a text is closed.
 
 use std::ops::Range;
+
+use serde::Deserialize;
+
+use crate::model::{Readout, TokenId};
+
+/// A token that is read after every so many tokens of a piece, and after the last: it gathers what has been said
+/// up to there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Closing {
+    /// The token.
+    pub token: TokenId,
+    /// Most tokens from one reading of it to the next.
+    pub every: usize,
+}
+
+impl Closing {
+    /// How often it is read in a piece of `n_tokens`.
+    pub fn count(&self, n_tokens: usize) -> usize {
+        n_tokens.div_ceil(self.every)
+    }
+
+    /// Which reading of it is the first one that sees the `end` first tokens, at least one.
+    pub fn after(&self, end: usize) -> usize {
+        end.div_ceil(self.every) - 1
+    }
+
+    /// Where it is read among tokens `new` of a piece, if they are the last ones.
+    pub fn readouts(&self, new: Range<usize>) -> Vec<Readout> {
+        let multiples = (new.start / self.every + 1..self.count(new.end)).map(|i| i * self.every);
+        let places = multiples.chain((!new.is_empty()).then_some(new.end));
+        places.map(|end| Readout { after: end - new.start, token: self.token }).collect()
+    }
+}
 
 /// Token ranges of the windows over `seq_len` tokens: every `stride` tokens, and one that ends with
 /// the last token. Inputs of at most `window` tokens are one window; no token is left out.
@@ -30,6 +64,22 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
+    fn a_piece_is_closed_at_regular_places_and_at_its_end() {
+        let closing = Closing { token: 2, every: 10 };
+        let places = |new: Range<usize>| -> Vec<usize> {
+            let start = new.start;
+            closing.readouts(new).iter().map(|readout| start + readout.after).collect()
+        };
+        assert_eq!(places(0..9), [9]);
+        assert_eq!(places(0..10), [10]);
+        assert_eq!(places(0..31), [10, 20, 30, 31]);
+        assert_eq!(places(10..20), [20]);
+        assert_eq!(places(9..21), [10, 20, 21]);
+        assert_eq!(places(5..5), [0; 0]);
+        assert_eq!([1, 10, 11, 31].map(|end| closing.after(end)), [0, 0, 1, 3]);
+    }
+
+    #[test]
     #[expect(clippy::single_range_in_vec_init, reason = "one range is meant")]
     fn short_inputs_are_one_window() {
         assert_eq!(ranges(0, 8, 4).count(), 0);
@@ -40,6 +90,20 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_piece_is_closed_as_often_however_it_arrives(n in 1usize..300, every in 1usize..40, cut in 0usize..300) {
+            let closing = Closing { token: 2, every };
+            let whole = closing.readouts(0..n);
+            prop_assert_eq!(whole.len(), closing.count(n));
+            let cut = cut.min(n - 1);
+            // Of what closed the first part, all but a last one out of its place stays.
+            let mut parts = closing.readouts(0..cut);
+            parts.truncate(cut / every);
+            let rest = closing.readouts(cut..n).into_iter();
+            parts.extend(rest.map(|readout| Readout { after: readout.after + cut, ..readout }));
+            prop_assert_eq!(parts, whole);
+        }
+
         #[test]
         fn every_token_is_in_a_window(n in 1usize..300, window in 1usize..40, half in 1usize..40) {
             let stride = half.min(window);

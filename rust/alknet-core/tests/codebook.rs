@@ -9,6 +9,7 @@ use alknet_core::{
     Codebook, Error, Origin,
     codebook::{Fingerprint, MAX_BYTES},
     score,
+    window::Closing,
 };
 use codebook_file::{CodebookFile, GAIN, N_COMPONENTS, SEGMENT_TOKENS, Tensor, WINDOW};
 use proptest::prelude::*;
@@ -50,7 +51,9 @@ fn set_tensor(name: &str, tensor: Tensor) -> String {
 fn assert_usable(codebook: &Codebook) {
     for level in [0.0, 1.0, -1e3, 1e30] {
         let projections = vec![level; 40 * codebook.n_components()];
-        let Ok(frames) = score::frames(codebook, &projections) else { continue };
+        let n_closings = codebook.closing.map_or(0, |closing| closing.count(40));
+        let closings = vec![level; n_closings * codebook.n_components()];
+        let Ok(frames) = score::frames(codebook, &projections, &closings) else { continue };
         for frame in frames {
             assert!(frame.attack.iter().all(|x| (0.0..=12.0).contains(x)), "{frame:?}");
             assert!((0.0..=12.0).contains(&frame.novelty), "{frame:?}");
@@ -89,7 +92,7 @@ fn a_frame_counts_by_its_largest_run_of_every_scale() {
         (0..n).flat_map(|t| [first(t), 0.0, 0.0]).collect()
     };
     let logits = |n: usize| -> Vec<_> {
-        let frames = score::frames(&codebook, &projections(n)).unwrap();
+        let frames = score::frames(&codebook, &projections(n), &[]).unwrap();
         frames.into_iter().map(|frame| frame.logits[0]).collect()
     };
     assert_eq!(logits(8), [4.0 + 3.0 * 2.0]);
@@ -99,38 +102,45 @@ fn a_frame_counts_by_its_largest_run_of_every_scale() {
     assert!(logits(0).is_empty());
     let mut broken = projections(10);
     broken[27] = f32::NAN;
-    assert!(matches!(score::frames(&codebook, &broken), Err(Error::Inference(_))));
+    assert!(matches!(score::frames(&codebook, &broken, &[]), Err(Error::Inference(_))));
 }
 
 #[test]
-fn closing_tokens_add_their_mean_to_every_frame() {
-    let file = CodebookFile::valid().closed(&[5, 6]);
+fn a_frame_counts_with_the_first_closing_token_after_it() {
+    let file = CodebookFile::valid().closed(5, 5);
     let codebook = Codebook::from_bytes(&file.to_bytes()).unwrap();
-    assert_eq!(codebook.closing, [5, 6]);
-    // Six tokens are two windows; of the closing ones the mean of component 0 is 30.
-    let mut projections = [1.0, 0.0, 0.0].repeat(6);
-    projections.extend([20.0, 0.0, 0.0, 40.0, 0.0, 0.0]);
-    let frames = score::frames(&codebook, &projections).unwrap();
-    assert_eq!(frames.len(), 2);
-    for frame in frames {
-        let expected = [1.0 + 0.1 * 30.0, 0.0, 0.0];
-        assert!(frame.logits.iter().zip(expected).all(|(l, e)| (l - e).abs() < 1e-6));
-        assert!(frame.strongest.end <= 6);
+    assert_eq!(codebook.closing, Some(Closing { token: 5, every: 5 }));
+    // Of seven tokens the windows end after four, six and seven.
+    let tokens = [1.0, 0.0, 0.0].repeat(7);
+    let mut closings = [30.0, 0.0, 0.0, -10.0, 0.0, 0.0];
+    let frames = score::frames(&codebook, &tokens, &closings).unwrap();
+    let expected = [4.0, 0.0, 0.0];
+    assert_eq!(frames.len(), expected.len());
+    for (frame, expected) in frames.iter().zip(expected) {
+        assert!((frame.logits[0] - expected).abs() < 1e-6, "{:?}", frame.logits);
+        assert!(frame.logits[1..].iter().all(|logit| *logit == 0.0));
     }
-    projections[18] = f32::NAN;
-    assert!(matches!(score::frames(&codebook, &projections), Err(Error::Inference(_))));
+    let missing = score::frames(&codebook, &tokens, &closings[..3]).unwrap_err().to_string();
+    assert!(missing.contains("1 closing tokens of 2"), "{missing}");
+    closings[3] = f32::NAN;
+    assert!(matches!(score::frames(&codebook, &tokens, &closings), Err(Error::Inference(_))));
 }
 
 #[test]
-fn closing_tokens_need_weights_and_a_limit() {
+fn a_closing_token_needs_weights_and_a_distance() {
     let mut file = CodebookFile::valid();
-    file.metadata.insert("closing".into(), "[5]".into());
+    let open = Codebook::from_bytes(&file.to_bytes()).unwrap();
+    file.metadata.insert("closing".into(), "null".into());
+    assert_eq!(Codebook::from_bytes(&file.to_bytes()).unwrap().closing, open.closing);
+    file.metadata.insert("closing".into(), r#"{"token": 5, "every": 64}"#.into());
     assert!(refusal(&file.to_bytes()).contains("direction_weights"));
-    let many = CodebookFile::valid().closed(&[5; 65]);
-    assert!(refusal(&many.to_bytes()).contains("65 closing tokens"));
-    let mut file = CodebookFile::valid();
-    file.metadata.insert("closing".into(), "[-1]".into());
-    assert!(refusal(&file.to_bytes()).contains("closing"));
+    let dense = CodebookFile::valid().closed(5, 3);
+    assert!(refusal(&dense.to_bytes()).contains("every 3 tokens; a window of 4"));
+    for damaged in ["[5]", r#"{"token": -1, "every": 64}"#, r#"{"token": 5}"#] {
+        let mut file = CodebookFile::valid().closed(5, 64);
+        file.metadata.insert("closing".into(), damaged.into());
+        assert!(refusal(&file.to_bytes()).contains("closing"));
+    }
 }
 
 #[test]
@@ -310,7 +320,7 @@ fn every_metadata_entry_is_needed() {
 #[test]
 fn metadata_out_of_range_are_refused() {
     let cases = [
-        ("format_version", vec!["1", "", "2 "]),
+        ("format_version", vec!["1", "2", "", "3 "]),
         ("hidden_size", vec!["0", "-4", "4.0", "", "5"]),
         ("window", vec!["0", "4097", "four"]),
         ("stride", vec!["0", "5"]),

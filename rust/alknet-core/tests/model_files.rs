@@ -499,7 +499,7 @@ impl Sink for Ignore {
 }
 
 fn forward(backend: &CandleBackend, input_ids: &[TokenId], cache: &mut KvCache) -> Result<()> {
-    backend.forward(&mut [Sequence { input_ids, cache }], &Ignore)
+    backend.forward(&mut [Sequence::new(input_ids, cache)], &Ignore)
 }
 
 #[test]

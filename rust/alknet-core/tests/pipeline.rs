@@ -63,10 +63,10 @@ fn assemble_with(
     Firewall::new(reader, Codebook::from_bytes(&codebook.to_bytes())?, options)
 }
 
-/// A firewall that reads two tokens after every piece, the second of them loud.
+/// A firewall that reads a loud token after every five others and at the end.
 fn closed() -> Arc<Firewall> {
     static FIREWALL: LazyLock<Arc<Firewall>> = LazyLock::new(|| {
-        let codebook = CodebookFile::valid().closed(&[id("a"), id("X")]);
+        let codebook = CodebookFile::valid().closed(id("X"), 5);
         let engine = Synthetic::new(loudness);
         Arc::new(assemble_with(&codebook, engine, &FirewallOptions::default()).unwrap())
     });
@@ -440,7 +440,7 @@ fn closing_tokens_count_for_every_frame_and_are_no_part_of_the_text() {
 
 #[test]
 fn closing_tokens_of_another_vocabulary_make_no_firewall() {
-    let codebook = CodebookFile::valid().closed(&[id("a"), 1 << 20]);
+    let codebook = CodebookFile::valid().closed(1 << 20, 5);
     let made = assemble_with(&codebook, Synthetic::new(loudness), &FirewallOptions::default());
     assert!(matches!(made, Err(Error::Codebook(message)) if message.contains("1048576")));
 }

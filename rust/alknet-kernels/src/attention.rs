@@ -49,12 +49,14 @@ pub(crate) fn tokens_per_block(heads: usize) -> usize {
     (BLOCK_QUERIES / heads).max(8)
 }
 
-/// Queries of one key/value head, for consecutive tokens of one sequence: bf16 numbers, as keys and values.
+/// Queries of one key/value head, for tokens of one sequence: bf16 numbers, as keys and values.
 pub(crate) struct AttentionTask<'a> {
     /// Query heads that share the key/value head.
     pub(crate) heads: usize,
-    /// Position of the first token.
+    /// Last position that the first token sees.
     pub(crate) first: usize,
+    /// How many more each token sees than the one before it.
+    pub(crate) step: usize,
     /// Number of tokens.
     pub(crate) tokens: usize,
     /// Width of a head.
@@ -69,6 +71,13 @@ pub(crate) struct AttentionTask<'a> {
     pub(crate) values: &'a [f32],
     /// Numbers from one row of keys or values to the next.
     pub(crate) stride: usize,
+}
+
+impl AttentionTask<'_> {
+    /// The number of positions that token `t` sees.
+    fn seen(&self, t: usize) -> usize {
+        self.first + t * self.step + 1
+    }
 }
 
 /// The left side of a product: element `(i, k)` is `numbers[i · row + k · column]`.
@@ -150,14 +159,14 @@ impl QueryBlock {
             let columns = &mut self.columns[head * len..];
             A::transpose(queries, task.query_stride, (len, dim), columns, n);
         }
-        let position = |i| (task.first + tokens.start + i % len) as u32;
+        let position = |i| (task.seen(tokens.start + i % len) - 1) as u32;
         self.softmax.reset((0..n).map(position));
         (self.tokens, self.n) = (tokens, n);
     }
 
     /// The number of positions that the last token sees.
     fn end(&self, task: &AttentionTask<'_>) -> usize {
-        task.first + self.tokens.end
+        task.seen(self.tokens.end - 1)
     }
 
     /// Scores of the block of keys from `start` on, up to the last one that anybody in the block sees.
@@ -316,7 +325,8 @@ fn attention_in<A: Arithmetic>(
     }
     let widest = blocks.iter().map(|queries| queries.n).max().unwrap_or(0);
     scores.grow(KEY_BLOCK * widest);
-    for start in (0..task.first + task.tokens).step_by(KEY_BLOCK) {
+    let seen = blocks.last().map_or(0, |last| last.end(task));
+    for start in (0..seen).step_by(KEY_BLOCK) {
         for queries in blocks.iter_mut().filter(|block| start < block.end(task)) {
             queries.add::<A>(task, start, scores);
         }

@@ -39,8 +39,10 @@ pub(crate) struct TileAttention<'a> {
     pub(crate) group: usize,
     /// Width of a head.
     pub(crate) head_dim: usize,
-    /// Position of the first token of the segment.
+    /// Last position that the first token of the segment sees.
     pub(crate) first: usize,
+    /// How many more each token sees than the one before it.
+    pub(crate) step: usize,
     /// Columns of the segment: `token · group + head`.
     pub(crate) columns: Range<usize>,
     /// bf16 rows `query_stride` apart, one a token of the segment: `[group, shape.row]`.

@@ -61,17 +61,6 @@ impl KeyValues {
         self.blocks.positions = 0;
     }
 
-    /// Forgets all but the first `positions` of the `held` ones.
-    pub fn truncate(&mut self, positions: usize, held: usize) {
-        for rows in [&mut self.keys, &mut self.values] {
-            rows.truncate(rows.len() / held.max(1) * positions);
-        }
-        let blocks = &mut self.blocks;
-        let block = blocks.len / blocks.positions.div_ceil(BLOCK).max(1);
-        blocks.positions = blocks.positions.min(positions);
-        blocks.len = blocks.positions.div_ceil(BLOCK) * block;
-    }
-
     /// Makes this a copy of `other`, in the memory at hand where there is enough.
     pub fn copy_from(&mut self, other: &Self) {
         self.keys.clone_from(&other.keys);

@@ -133,15 +133,27 @@ impl Heads {
     }
 }
 
-/// Consecutive tokens of one sequence within a chunk.
+/// Tokens of one sequence within a chunk, as far from each other.
 #[derive(Debug, Clone)]
 pub struct Segment<'a> {
     /// Rows of the chunk.
     pub rows: Range<usize>,
-    /// Position of the first of them in its sequence.
+    /// Last position of the sequence that the first of them sees.
     pub first: usize,
-    /// Keys and values of all positions up to the last of the rows.
+    /// How many more positions each one sees than the one before it.
+    pub step: usize,
+    /// Keys and values of all positions up to the last that is seen.
     pub cache: &'a KeyValues,
+}
+
+impl Segment<'_> {
+    /// The number of positions that the last row sees.
+    fn seen(&self) -> usize {
+        match self.rows.len().checked_sub(1) {
+            Some(last) => self.first + last * self.step + 1,
+            None => 0,
+        }
+    }
 }
 
 /// Rows whose keys and values are added to a sequence's.
@@ -597,7 +609,7 @@ impl Pass {
         // head's longest tasks come first.
         let mut tasks = Vec::new();
         for segment in segments {
-            assert!(segment.cache.blocks.positions >= segment.first + segment.rows.len());
+            assert!(segment.cache.blocks.positions >= segment.seen());
             for head in 0..heads.num_key_value_heads {
                 for start in (0..columns(segment)).step_by(size).rev() {
                     tasks.push((segment, start..columns(segment).min(start + size), head));
@@ -611,6 +623,7 @@ impl Pass {
                 group,
                 head_dim: dim,
                 first: segment.first,
+                step: segment.step,
                 columns: columns.clone(),
                 queries: &projection[Projection::place(&heads, segment.rows.start, head * group)..],
                 query_stride,
@@ -650,7 +663,8 @@ impl Pass {
             let row = segment.rows.start + tokens.start;
             let task = AttentionTask {
                 heads: group,
-                first: segment.first + tokens.start,
+                first: segment.first + tokens.start * segment.step,
+                step: segment.step,
                 tokens: tokens.len(),
                 head_dim: dim,
                 queries: &qkv[row * heads.qkv_width() + head * group * dim..],

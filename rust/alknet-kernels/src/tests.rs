@@ -254,7 +254,7 @@ fn tiles_are_released_when_a_step_ends() {
     let mut cache = KeyValues::default();
     let x = projection(&heads, short_noise(4, 20 * heads.qkv_width()));
     extend(&pass, heads, &x, &[20], &mut cache);
-    let segment = Segment { rows: 0..20, first: 0, cache: &cache };
+    let segment = Segment { rows: 0..20, first: 0, step: 1, cache: &cache };
     pass.attention(heads, &[segment], &x, &mut Intermediate::default());
     // SAFETY: the CPU has AMX, so that the system uses XSAVE.
     assert_eq!(unsafe { states_in_use() } >> 17 & 3, 0);
@@ -274,7 +274,8 @@ fn plain_attention(task: &AttentionTask<'_>) -> Vec<f64> {
             let key = &task.keys[s * task.stride..][..dim];
             query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>()
         };
-        let weights: Vec<f64> = (0..=task.first + token).map(|s| score(s).exp2()).collect();
+        let seen = task.first + token * task.step + 1;
+        let weights: Vec<f64> = (0..seen).map(|s| score(s).exp2()).collect();
         let total: f64 = weights.iter().sum();
         out.extend((0..dim).map(|i| {
             let value = |s: usize| f64::from(task.values[s * task.stride + i]);
@@ -466,15 +467,16 @@ proptest! {
         heads in 1usize..4,
         tokens in 1usize..40,
         first in 0usize..150,
+        step in prop_oneof![Just(1usize), 0usize..70],
         pairs in 1usize..40,
         seed: u64,
     ) {
-        let (dim, end) = (2 * pairs, first + tokens);
+        let (dim, end) = (2 * pairs, first + (tokens - 1) * step + 1);
         let (query_stride, stride) = (heads * dim + 3, dim + 5);
         let queries = short_noise(seed, tokens * query_stride);
         let (keys, values) = (short_noise(!seed, end * stride), short_noise(seed ^ 7, end * stride));
         let task = AttentionTask {
-            heads, first, tokens, head_dim: dim, queries: &queries, query_stride,
+            heads, first, step, tokens, head_dim: dim, queries: &queries, query_stride,
             keys: &keys, values: &values, stride,
         };
         let expected = plain_attention(&task);
@@ -496,11 +498,12 @@ proptest! {
         pairs_of_heads in 1usize..3,
         tokens in 1usize..40,
         first in 0usize..150,
+        step in prop_oneof![Just(1usize), 1usize..70],
         half in 1usize..40,
         threads in 1usize..3,
         seed: u64,
     ) {
-        let (dim, end) = (2 * half, first + tokens);
+        let (dim, end) = (2 * half, first + (tokens - 1) * step + 1);
         let heads = Heads {
             num_attention_heads: group * pairs_of_heads,
             num_key_value_heads: pairs_of_heads,
@@ -513,6 +516,7 @@ proptest! {
         let expected: Vec<_> = (0..pairs_of_heads).map(|head| plain_attention(&AttentionTask {
             heads: group,
             first,
+            step,
             tokens,
             head_dim: dim,
             queries: &rows[first * heads.qkv_width() + head * group * dim..],
@@ -527,7 +531,7 @@ proptest! {
             extend(&pass, heads, &x, &[first / 2, first, end], &mut cache);
             prop_assert!(cache.holds(end, heads.kv_width()));
             let mut out = Intermediate::default();
-            let segment = Segment { rows: first..end, first, cache: &cache };
+            let segment = Segment { rows: first..first + tokens, first, step, cache: &cache };
             pass.attention(heads, &[segment], &x, &mut out);
             let out = numbers(out);
             let spec = spec.get_or_insert_with(|| bits(&out));
@@ -723,6 +727,7 @@ fn scores_may_be_of_any_size() {
     let expected = plain_attention(&AttentionTask {
         heads: 2,
         first: 0,
+        step: 1,
         tokens: rows,
         head_dim: dim,
         queries: &mixed,
@@ -737,7 +742,7 @@ fn scores_may_be_of_any_size() {
             let (pass, x, mut cache) = (engine.pass(), projection(&heads, x), KeyValues::default());
             extend(&pass, heads, &x, &[rows], &mut cache);
             let mut out = Intermediate::default();
-            let segment = Segment { rows: 0..rows, first: 0, cache: &cache };
+            let segment = Segment { rows: 0..rows, first: 0, step: 1, cache: &cache };
             pass.attention(heads, &[segment], &x, &mut out);
             numbers(out)
         };
@@ -776,13 +781,13 @@ fn segments_do_not_see_each_other() {
             pass.extend(heads, &x, &mut [Extension { rows, places }]);
         };
         fn segment(rows: std::ops::Range<usize>, cache: &KeyValues) -> Segment<'_> {
-            Segment { first: 30 + rows.start, rows, cache }
+            Segment { first: 30 + rows.start, step: 1, rows, cache }
         }
         add(0..33, &mut long);
         let start = run(&[segment(0..33, &long)]);
         add(33..rows, &mut long);
         add(rows..rows + 5, &mut short);
-        let short = Segment { rows: rows..rows + 5, first: 0, cache: &short };
+        let short = Segment { rows: rows..rows + 5, first: 0, step: 1, cache: &short };
         let together = run(&[segment(0..rows, &long), short.clone()]);
         let apart = [run(&[segment(33..rows, &long)]), run(&[short])]
             .iter()

@@ -2,12 +2,13 @@
 
 use alknet_core::{
     Error, Result,
-    model::{Backend, KvCache, Sequence, Sink, Site, TokenId},
+    model::{Backend, KvCache, Readout, Sequence, Sink, Site, TokenId},
 };
 use numpy::{PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-/// Calls `model.activations(input_ids)` for every sequence; nothing is cached between calls.
+/// Calls `model.activations(input_ids)`, or `model.activations(input_ids, readouts)` where there are some, for every
+/// sequence; nothing is cached between calls.
 pub(crate) struct ForeignBackend {
     model: Py<PyAny>,
     name: String,
@@ -39,18 +40,25 @@ impl ForeignBackend {
         self.bos_token_id
     }
 
-    /// Activations of all `input_ids`, `[seq_len, n_sites, hidden_size]`, handed over from row `first` on.
+    /// Activations of all `input_ids` and of `readouts`, `[seq_len + n_readouts, n_sites, hidden_size]`, handed over
+    /// from row `first` on.
     fn run(
         &self,
         input_ids: &[TokenId],
+        readouts: &[(usize, TokenId)],
         first: usize,
         sequence: usize,
         sink: &dyn Sink,
     ) -> Result<()> {
         let rows = Python::attach(|py| -> PyResult<Vec<f32>> {
-            let array = self.model.call_method1(py, "activations", (input_ids.to_vec(),))?;
+            let ids = input_ids.to_vec();
+            let array = match readouts {
+                [] => self.model.call_method1(py, "activations", (ids,))?,
+                _ => self.model.call_method1(py, "activations", (ids, readouts.to_vec()))?,
+            };
             let array: PyReadonlyArray3<'_, f32> = array.extract(py)?;
-            let expected = [input_ids.len(), self.sites.len(), self.hidden_size];
+            let n_rows = input_ids.len() + readouts.len();
+            let expected = [n_rows, self.sites.len(), self.hidden_size];
             if array.shape() != expected {
                 let message = format!("shape {:?}, expected {expected:?}", array.shape());
                 return Err(pyo3::exceptions::PyValueError::new_err(message));
@@ -72,7 +80,7 @@ impl ForeignBackend {
         let kind = Python::attach(|py| error.get_type(py).name().map(|name| name.to_string()));
         let kind = kind.unwrap_or_else(|_| "an exception".into());
         Error::Inference(format!(
-            "{}.activations raised {kind}: it must return a float32 array (seq_len, n_sites, hidden_size)",
+            "{}.activations raised {kind}: it must return a float32 array (seq_len + n_readouts, n_sites, hidden_size)",
             self.name
         ))
     }
@@ -103,7 +111,9 @@ impl Backend for ForeignBackend {
         for (index, sequence) in batch.iter_mut().enumerate() {
             let first = sequence.cache.len();
             sequence.cache.input_ids.extend_from_slice(sequence.input_ids);
-            self.run(&sequence.cache.input_ids, first, index, sink)?;
+            let place = |readout: &Readout| (first + readout.after, readout.token);
+            let readouts: Vec<_> = sequence.readouts.iter().map(place).collect();
+            self.run(&sequence.cache.input_ids, &readouts, first, index, sink)?;
         }
         Ok(())
     }

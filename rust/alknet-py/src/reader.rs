@@ -7,6 +7,7 @@ use alknet_core::{
     capture::Activations,
     model::{Site, TokenId},
     reader::WindowLayout,
+    window::Closing,
 };
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::{prelude::*, types::PyString};
@@ -52,13 +53,14 @@ impl Reader {
         window: usize,
         stride: usize,
         max_tokens: usize,
-        closing: Vec<TokenId>,
+        closing: Option<(TokenId, usize)>,
     ) -> PyResult<Vec<Bound<'py, PyAny>>> {
         let texts = texts.iter().map(utf8).collect::<PyResult<Vec<_>>>()?;
         let layout = WindowLayout { window, stride, max_tokens };
+        let closing = closing.map(|(token, every)| Closing { token, every });
         let means = enter_core(py, || {
             let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-            self.0.window_means(&texts, &layout, &closing)
+            self.0.window_means(&texts, &layout, closing.as_ref())
         })?;
         let width = self.0.backend().sites().len() * self.0.backend().hidden_size();
         let array = |rows: Vec<f32>| {

@@ -86,13 +86,6 @@ impl KvCache {
         self.input_ids.len()
     }
 
-    /// Forgets all but the first `len` tokens.
-    pub fn truncate(&mut self, len: usize) {
-        let held = self.len();
-        self.layers.iter_mut().for_each(|layer| layer.truncate(len.min(held), held));
-        self.input_ids.truncate(len);
-    }
-
     /// Whether nothing has been read yet.
     pub fn is_empty(&self) -> bool {
         self.input_ids.is_empty()

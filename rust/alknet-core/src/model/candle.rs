@@ -76,9 +76,13 @@ struct BlockOutput {
     resid_post: Tensor,
 }
 
-/// A sequence's rows in the batch, and its rotary angles.
+/// A sequence's rows in the batch, and their rotary angles.
 struct Segment {
+    /// Of its tokens, then of its readouts.
     rows: Range<usize>,
+    tokens: usize,
+    /// Of every readout, how many positions it sees.
+    readouts: Vec<usize>,
     /// `[rows, head_dim / 2]`.
     cos: Tensor,
     /// `[rows, head_dim / 2]`.
@@ -122,10 +126,10 @@ impl CandleBackend {
 
     /// Residual stream before the first block, `[n, hidden_size]`.
     fn embed(&self, batch: &[Sequence<'_>]) -> Result<Tensor> {
-        let ids = || batch.iter().flat_map(|sequence| sequence.input_ids);
+        let ids = || batch.iter().flat_map(Sequence::ids);
         let (n, hidden) = (ids().count(), self.config.hidden_size);
         let mut rows = vec![0.0; n * hidden];
-        for (&id, row) in ids().zip(rows.chunks_exact_mut(hidden)) {
+        for (id, row) in ids().zip(rows.chunks_exact_mut(hidden)) {
             let id = id as usize;
             self.weights.widen_rows(&self.embedding, id..id + 1, row)?;
         }
@@ -136,21 +140,24 @@ impl CandleBackend {
     fn segments(&self, batch: &[Sequence<'_>]) -> Result<Vec<Segment>> {
         let mut start = 0;
         let mut segment = |sequence: &Sequence<'_>| {
-            let rows = start..start + sequence.input_ids.len();
+            let rows = start..start + sequence.n_rows();
             start = rows.end;
-            let past = sequence.cache.len();
-            let (cos, sin) = self.angles(past..past + rows.len())?;
-            Ok(Segment { rows, cos, sin })
+            let (past, tokens) = (sequence.cache.len(), sequence.input_ids.len());
+            let readouts: Vec<_> = sequence.readouts.iter().map(|r| past + r.after).collect();
+            let positions = (past..past + tokens).chain(readouts.iter().copied());
+            let (cos, sin) = self.angles(positions.collect())?;
+            Ok(Segment { rows, tokens, readouts, cos, sin })
         };
-        batch.iter().filter(|sequence| !sequence.input_ids.is_empty()).map(&mut segment).collect()
+        batch.iter().filter(|sequence| sequence.n_rows() > 0).map(&mut segment).collect()
     }
 
     /// Cosines and sines of the rotary angles, `[positions, head_dim / 2]`.
-    fn angles(&self, positions: Range<usize>) -> Result<(Tensor, Tensor)> {
+    fn angles(&self, positions: Vec<usize>) -> Result<(Tensor, Tensor)> {
         let RotaryFrequencies { inv_freq, attention_factor } = &self.frequencies;
         let shape = (positions.len(), inv_freq.len());
         // In f64: at position 8,000 an angle in f32 is off by 5e-4.
         let (cos, sin): (Vec<f32>, Vec<f32>) = positions
+            .into_iter()
             .flat_map(|position| inv_freq.iter().map(move |f| (position as f64 * f).sin_cos()))
             .map(|(sin, cos)| ((cos * attention_factor) as f32, (sin * attention_factor) as f32))
             .unzip();
@@ -208,8 +215,9 @@ impl CandleBackend {
             Ok(rope(&self.split_heads(&rows, heads)?, &segment.cos, &segment.sin)?)
         };
         let (q, k) = (rotated(q, num_heads)?, rotated(k, num_kv_heads)?);
+        let k = k.narrow(2, 0, segment.tokens)?;
         cache.keys.extend(join_heads(&k)?.flatten_all()?.to_vec1::<f32>()?);
-        let v = v.narrow(0, segment.rows.start, segment.rows.len())?;
+        let v = v.narrow(0, segment.rows.start, segment.tokens)?;
         cache.values.extend(v.flatten_all()?.to_vec1::<f32>()?);
 
         let all = |rows: &[f32]| -> Result<Tensor> {
@@ -218,7 +226,16 @@ impl CandleBackend {
             let heads = self.split_heads(&rows, num_kv_heads)?;
             Ok(repeat_kv(heads, num_heads / num_kv_heads)?)
         };
-        self.softmax_attention(&q, &all(&cache.keys)?, &all(&cache.values)?)
+        let (k, v) = (all(&cache.keys)?, all(&cache.values)?);
+        let mut contexts = Vec::new();
+        if segment.tokens > 0 {
+            contexts.push(self.softmax_attention(&q.narrow(2, 0, segment.tokens)?, &k, &v)?);
+        }
+        for (i, &seen) in segment.readouts.iter().enumerate() {
+            let (k, v) = (k.narrow(2, 0, seen)?, v.narrow(2, 0, seen)?);
+            contexts.push(self.softmax_attention(&q.narrow(2, segment.tokens + i, 1)?, &k, &v)?);
+        }
+        Ok(Tensor::cat(&contexts, 0)?)
     }
 
     /// Causal attention in blocks of queries.
@@ -268,11 +285,11 @@ impl CandleBackend {
             };
             let rows = tensor.flatten_all()?.to_vec1::<f32>()?;
             let mut rest = rows.as_slice();
-            for (sequence, Sequence { input_ids, .. }) in batch.iter().enumerate() {
-                let (own, others) = rest.split_at(input_ids.len() * self.config.hidden_size);
+            for (index_in_batch, sequence) in batch.iter().enumerate() {
+                let (own, others) = rest.split_at(sequence.n_rows() * self.config.hidden_size);
                 rest = others;
                 if !own.is_empty() {
-                    sink.rows(sequence, index, 0, own)?;
+                    sink.rows(index_in_batch, index, 0, own)?;
                 }
             }
         }
@@ -370,7 +387,7 @@ impl Backend for CandleBackend {
         for sequence in batch.iter() {
             sequence.check(&self.config, self.blocks.len())?;
         }
-        if batch.iter().all(|sequence| sequence.input_ids.is_empty()) {
+        if batch.iter().all(|sequence| sequence.n_rows() == 0) {
             return Ok(());
         }
         let segments = self.segments(batch)?;
@@ -378,14 +395,14 @@ impl Backend for CandleBackend {
         for layer in 0..self.blocks.len() {
             let mut caches: Vec<_> = batch
                 .iter_mut()
-                .filter(|sequence| !sequence.input_ids.is_empty())
+                .filter(|sequence| sequence.n_rows() > 0)
                 .map(|sequence| &mut sequence.cache.layers[layer])
                 .collect();
             let output = self.pool.run(|| self.block(layer, &x, &segments, &mut caches))??;
             self.hand_over(layer, &output, batch, sink)?;
             x = output.resid_post;
         }
-        for Sequence { input_ids, cache } in batch {
+        for Sequence { input_ids, cache, .. } in batch {
             cache.input_ids.extend_from_slice(input_ids);
         }
         Ok(())

@@ -71,20 +71,49 @@ impl FromStr for Site {
     }
 }
 
-/// One sequence of a batch: new tokens, and what was read before them.
+/// One sequence of a batch: new tokens, what was read before them, and what is read beside them.
 pub struct Sequence<'a> {
     /// Tokens to read now, after the `cache.len()` tokens that the cache holds.
     pub input_ids: &'a [TokenId],
+    /// In the order of their places.
+    pub readouts: &'a [Readout],
     /// Grows by `input_ids.len()` positions.
     pub cache: &'a mut KvCache,
 }
 
-impl Sequence<'_> {
+/// A token that is read beside a sequence, to find out what has been said up to there.
+///
+/// It stands where the next token does and sees what is before it, but not itself, and nothing sees it: whatever
+/// readouts there are, the tokens read the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Readout {
+    /// How many of the sequence's new tokens are before it.
+    pub after: usize,
+    /// The token.
+    pub token: TokenId,
+}
+
+impl<'a> Sequence<'a> {
+    /// New tokens after what `cache` holds, without readouts.
+    pub fn new(input_ids: &'a [TokenId], cache: &'a mut KvCache) -> Self {
+        Self { input_ids, readouts: &[], cache }
+    }
+
+    /// What gives a row of activations each: its tokens, then its readouts.
+    pub fn ids(&self) -> impl Iterator<Item = TokenId> {
+        self.input_ids.iter().copied().chain(self.readouts.iter().map(|readout| readout.token))
+    }
+
+    /// Number of [`Sequence::ids`].
+    pub fn n_rows(&self) -> usize {
+        self.input_ids.len() + self.readouts.len()
+    }
+
     /// Refuses what a model of `config`, run through `num_layers` blocks, cannot read.
     ///
     /// # Errors
-    /// [`Error::Input`] for token ids outside the vocabulary or more positions than the model has,
-    /// [`Error::Inference`] for a cache of another engine or of a pass that failed.
+    /// [`Error::Input`] for token ids outside the vocabulary, more positions than the model has or readouts
+    /// that are not in order, [`Error::Inference`] for a cache of another engine or of a pass that failed.
     pub(crate) fn check(&self, config: &LlamaConfig, num_layers: usize) -> Result<()> {
         let (past, new) = (self.cache.len(), self.input_ids.len());
         let (vocab_size, most) = (config.vocab_size, config.max_position_embeddings);
@@ -94,10 +123,20 @@ impl Sequence<'_> {
                 past + new
             )));
         }
-        if let Some(id) = self.input_ids.iter().find(|&&id| id as usize >= vocab_size) {
+        if let Some(id) = self.ids().find(|&id| id as usize >= vocab_size) {
             return Err(Error::Input(format!(
                 "token id {id} is outside the vocabulary of {vocab_size}"
             )));
+        }
+        let misplaced = |readout: &&Readout| readout.after > new || past + readout.after == 0;
+        if let Some(readout) = self.readouts.iter().find(misplaced) {
+            return Err(Error::Input(format!(
+                "a readout after {} tokens, of {past} and {new}: it has to stand after one of them",
+                past + readout.after
+            )));
+        }
+        if !self.readouts.is_sorted_by_key(|readout| readout.after) {
+            return Err(Error::Input("readouts have to be in the order of their places".into()));
         }
         let width = config.num_key_value_heads() * config.head_dim();
         let layers = &self.cache.layers;
@@ -139,8 +178,8 @@ fn num_layers(sites: &[Site], config: &LlamaConfig) -> Result<usize> {
 pub trait Sink: Sync {
     /// Receives `rows` of `sequence` (its index in the batch) at `site` (its index in [`Backend::sites`]).
     ///
-    /// `first` is the index, within the new `input_ids` of that sequence, of the first row. An engine
-    /// may hand over a sequence in several runs of rows, each run once per site, sites of earlier layers
+    /// `first` is the index of the first row among those of that sequence: of its new `input_ids`, then of its
+    /// readouts. An engine may hand over a sequence in several runs of rows, each run once per site, sites of earlier layers
     /// first; runs may come from several threads at once.
     ///
     /// # Shapes
@@ -173,14 +212,14 @@ pub trait Backend: Send + Sync {
     /// Cache of a sequence that has read nothing yet.
     fn new_cache(&self) -> KvCache;
 
-    /// Reads the tokens of every sequence, each after what its own cache holds, and hands the
+    /// Reads the tokens and readouts of every sequence, each after what its own cache holds, and hands the
     /// activations of every site to `sink`.
     ///
     /// Sequences are ragged: none is padded and none sees another. The result for one sequence does
     /// not depend on the others, within the engine's stated tolerance.
     ///
     /// # Errors
-    /// [`Error::Input`] for token ids outside the vocabulary or more positions than the model has,
-    /// [`Error::Inference`] when the engine fails. The caches are then unspecified and must be dropped.
+    /// [`Error::Input`] for token ids outside the vocabulary, more positions than the model has or readouts
+    /// that are not in order, [`Error::Inference`] when the engine fails. The caches are then unspecified and must be dropped.
     fn forward(&self, batch: &mut [Sequence<'_>], sink: &dyn Sink) -> Result<()>;
 }

@@ -99,17 +99,45 @@ struct Part {
     work: Workspace,
 }
 
-/// The tokens of a sequence that are in a part.
+/// Consecutive tokens of a sequence that are in a part, or readouts as far from each other.
 #[derive(Debug, Clone, PartialEq)]
 struct Piece {
     /// Index in the batch.
     sequence: usize,
-    /// Tokens of its new `input_ids`.
+    /// Rows of the sequence: of its new `input_ids`, then of its readouts.
     tokens: Range<usize>,
     /// Their rows in the part.
     rows: Range<usize>,
     /// Position of the first of them.
     first: usize,
+    /// From the position of each to that of the next.
+    step: usize,
+    /// Whether they are readouts, which leave no keys and values.
+    readout: bool,
+}
+
+impl Piece {
+    fn positions(&self) -> impl Iterator<Item = usize> + use<> {
+        let Self { first, step, .. } = *self;
+        (0..self.rows.len()).map(move |row| first + row * step)
+    }
+
+    /// The last position that the first row sees.
+    fn sees(&self) -> usize {
+        self.first - usize::from(self.readout)
+    }
+
+    /// Adds the readout after these if it is as far from the last as they are from each other.
+    fn take(&mut self, sequence: usize, position: usize) -> bool {
+        let last = self.first + (self.rows.len() - 1) * self.step;
+        let fits = self.rows.len() == 1 || position == last + self.step;
+        if !self.readout || self.sequence != sequence || !fits {
+            return false;
+        }
+        self.step = position - last;
+        (self.rows.end, self.tokens.end) = (self.rows.end + 1, self.tokens.end + 1);
+        true
+    }
 }
 
 /// What a part does between two waits: the rest of one block, which reads keys and values of all
@@ -194,7 +222,8 @@ impl NativeBackend {
                 },
             )?;
         }
-        let mut pieces: Vec<_> = parts.iter().flat_map(|part| &part.pieces).collect();
+        let pieces = parts.iter().flat_map(|part| &part.pieces);
+        let mut pieces: Vec<_> = pieces.filter(|piece| !piece.readout).collect();
         pieces.sort_by_key(|piece| (piece.sequence, piece.first));
         for piece in pieces {
             let sequence = &mut batch[piece.sequence];
@@ -218,8 +247,9 @@ impl NativeBackend {
         work.angles.resize(rows * dim, 0.0);
         let (mut ids, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
         for piece in pieces {
-            ids.extend_from_slice(&batch[piece.sequence].input_ids[piece.tokens.clone()]);
-            positions.extend(piece.first..piece.first + piece.rows.len());
+            let own = batch[piece.sequence].ids().skip(piece.tokens.start);
+            ids.extend(own.take(piece.rows.len()));
+            positions.extend(piece.positions());
         }
         let widened = Mutex::new(Ok(()));
         pass.for_each_rows(&mut work.x, hidden, |row, x| {
@@ -257,19 +287,21 @@ impl NativeBackend {
             };
             let mut pieces: Vec<_> = steps.iter().enumerate().flat_map(pieces).collect();
             pieces.sort_by_key(|(_, piece)| piece.first);
-            let Some((_, first)) = pieces.first() else { continue };
-            let new = pieces.iter().map(|(_, piece)| piece.rows.len()).sum();
-            let expected = sequence.input_ids.len() - first.tokens.start;
+            let tokens = || pieces.iter().map(|(_, piece)| piece).filter(|piece| !piece.readout);
+            let new = tokens().map(|piece| piece.rows.len()).sum();
+            let read_before = tokens().next().map_or(0, |first| first.tokens.start);
+            let expected = sequence.input_ids.len() - read_before;
             let (read, written) = sequence.cache.layers.split_at_mut(layer);
-            let mut places =
-                written.first_mut().map(|cache| pass.grow(self.heads, cache, new, expected));
-            for (i, Piece { rows, first, .. }) in pieces {
+            let written = written.first_mut().filter(|_| new > 0);
+            let mut places = written.map(|cache| pass.grow(self.heads, cache, new, expected));
+            for (i, piece) in pieces {
                 let Step { segments, extensions, .. } = &mut steps[i];
-                let segment = |cache| Segment { rows: rows.clone(), first, cache };
-                segments.extend(read.last().map(segment));
-                extensions.extend(places.as_mut().map(|places| Extension {
-                    places: places.take(rows.len()),
-                    rows: rows.clone(),
+                let (rows, first, step) = (piece.rows.clone(), piece.sees(), piece.step);
+                segments.extend(read.last().map(|cache| Segment { rows, first, step, cache }));
+                let places = places.as_mut().filter(|_| !piece.readout);
+                extensions.extend(places.map(|places| Extension {
+                    places: places.take(piece.rows.len()),
+                    rows: piece.rows,
                 }));
             }
         }
@@ -408,7 +440,7 @@ impl Backend for NativeBackend {
 
     fn forward(&self, batch: &mut [Sequence<'_>], sink: &dyn Sink) -> Result<()> {
         batch.iter().try_for_each(|sequence| sequence.check(&self.config, self.blocks.len()))?;
-        let (mut start, mut rest) = ((0, 0), batch.iter().map(|s| s.input_ids.len()).sum());
+        let (mut start, mut rest) = ((0, 0), batch.iter().map(Sequence::n_rows).sum());
         while rest > 0 {
             // One turn per chunk, so that a long text does not keep short ones waiting.
             let pass = self.engine.pass();
@@ -427,26 +459,41 @@ impl Backend for NativeBackend {
     }
 }
 
-/// The next `rows` tokens from `(sequence, token)` on, and where the chunk after them starts.
+/// The next `rows` rows from `(sequence, row)` on, and where the chunk after them starts. A readout comes right after
+/// the token before it; in a chunk they follow the tokens of their sequence.
 fn next_chunk(
     batch: &[Sequence<'_>],
-    (mut sequence, mut token): (usize, usize),
+    (mut sequence, mut start): (usize, usize),
     rows: usize,
 ) -> (Vec<Piece>, (usize, usize)) {
     let (mut pieces, mut row) = (Vec::new(), 0);
     while row < rows {
-        let len = (batch[sequence].input_ids.len() - token).min(rows - row);
-        if len > 0 {
-            let first = batch[sequence].cache.len();
-            let tokens = token..token + len;
-            pieces.push(Piece { sequence, tokens, rows: row..row + len, first });
+        let Sequence { input_ids, readouts, cache } = &batch[sequence];
+        let end = batch[sequence].n_rows().min(start + rows - row);
+        // Readouts before a row of the sequence.
+        let before = |row| readouts.iter().zip(0..).take_while(|(r, i)| r.after + i < row).count();
+        let own = before(start)..before(end);
+        let tokens = start - own.start..end - own.end;
+        let past = cache.len() - tokens.start;
+        if !tokens.is_empty() {
+            let (rows, first) = (row..row + tokens.len(), cache.len());
+            row = rows.end;
+            pieces.push(Piece { sequence, tokens, rows, first, step: 1, readout: false });
         }
-        (row, token) = (row + len, token + len);
-        if token == batch[sequence].input_ids.len() {
-            (sequence, token) = (sequence + 1, 0);
+        for i in own {
+            let (tokens, first) = (input_ids.len() + i, past + readouts[i].after);
+            if !pieces.last_mut().is_some_and(|last: &mut Piece| last.take(sequence, first)) {
+                let (tokens, rows) = (tokens..tokens + 1, row..row + 1);
+                pieces.push(Piece { sequence, tokens, rows, first, step: 1, readout: true });
+            }
+            row += 1;
+        }
+        start = end;
+        if start == batch[sequence].n_rows() {
+            (sequence, start) = (sequence + 1, 0);
         }
     }
-    (pieces, (sequence, token))
+    (pieces, (sequence, start))
 }
 
 /// The pieces of a chunk for each of `parts` parts, which cost about the same: the first and the last of twice as
@@ -472,7 +519,10 @@ fn deal(pieces: Vec<Piece>, parts: usize, cost: (usize, usize)) -> Vec<Vec<Piece
 fn append(pieces: &mut Vec<Piece>, mut piece: Piece) {
     let end = pieces.last().map_or(0, |last| last.rows.end);
     match pieces.last_mut() {
-        Some(last) if last.sequence == piece.sequence && last.tokens.end == piece.tokens.start => {
+        Some(last)
+            if (last.sequence, last.tokens.end) == (piece.sequence, piece.tokens.start)
+                && !piece.readout =>
+        {
             last.tokens.end = piece.tokens.end;
             last.rows.end += piece.rows.len();
         }
@@ -486,10 +536,8 @@ fn append(pieces: &mut Vec<Piece>, mut piece: Piece) {
 /// Where `runs` runs of the rows of a chunk end, so that each costs about as much as the others: a row costs
 /// `fixed`, and `per_key` for each position up to its own.
 fn run_ends(pieces: &[Piece], runs: usize, (fixed, per_key): (usize, usize)) -> Vec<usize> {
-    let costs = pieces.iter().flat_map(|piece| {
-        let positions = piece.first..piece.first + piece.rows.len();
-        positions.map(|position| fixed + per_key * position)
-    });
+    let positions = pieces.iter().flat_map(Piece::positions);
+    let costs = positions.map(|position| fixed + per_key * position);
     // Cost of all rows before each unit.
     let (mut sums, mut sum) = (Vec::new(), 0);
     for (row, cost) in costs.enumerate() {
@@ -518,10 +566,10 @@ fn cut(pieces: Vec<Piece>, ends: &[usize]) -> Vec<Vec<Piece>> {
             let rows = piece.rows.start.max(start)..piece.rows.end.min(end);
             let skipped = rows.start.checked_sub(piece.rows.start)?;
             (!rows.is_empty()).then(|| Piece {
-                sequence: piece.sequence,
                 tokens: piece.tokens.start + skipped..piece.tokens.start + skipped + rows.len(),
                 rows: rows.start - start..rows.end - start,
-                first: piece.first + skipped,
+                first: piece.first + skipped * piece.step,
+                ..piece.clone()
             })
         });
         parts.push(within.collect());

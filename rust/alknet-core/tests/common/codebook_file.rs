@@ -76,7 +76,7 @@ impl CodebookFile {
             {"name": "jailbreak", "origin": "user", "scored": false},
         ]);
         let metadata = [
-            ("format_version", "2".to_owned()),
+            ("format_version", "3".to_owned()),
             ("detector", "synthetic".to_owned()),
             ("weights_sha256", "a".repeat(64)),
             ("tokenizer_sha256", "b".repeat(64)),
@@ -98,9 +98,10 @@ impl CodebookFile {
         }
     }
 
-    /// The file with tokens that close every piece; a tenth of component 0 counts for direction 0.
-    pub(crate) fn closed(mut self, closing: &[u32]) -> Self {
-        self.metadata.insert("closing".to_owned(), json!(closing).to_string());
+    /// The file with a token that closes every so many others; a tenth of component 0 counts for direction 0.
+    pub(crate) fn closed(mut self, token: u32, every: usize) -> Self {
+        let closing = json!({"token": token, "every": every});
+        self.metadata.insert("closing".to_owned(), closing.to_string());
         if let Some(weights) = self.tensors.get_mut("direction_weights") {
             weights.shape[0] += 1;
             let mut row = [0.0; 3 * N_COMPONENTS];

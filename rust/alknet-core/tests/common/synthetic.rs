@@ -7,7 +7,7 @@ use std::sync::{
 
 use alknet_core::{
     Error, Result,
-    model::{Backend, KvCache, Sequence, Sink, Site, TokenId},
+    model::{Backend, KvCache, Readout, Sequence, Sink, Site, TokenId},
 };
 
 /// Rows of a sequence that are handed over at once, so that sinks see several runs.
@@ -88,7 +88,10 @@ impl Backend for Synthetic {
             if read.len() > self.max_position_embeddings {
                 return Err(Error::Input("more positions than the model has".to_owned()));
             }
-            let rows: Vec<_> = (past..read.len()).map(|t| self.row(&read[..=t])).collect();
+            let mut rows: Vec<_> = (past..read.len()).map(|t| self.row(&read[..=t])).collect();
+            for Readout { after, token } in sequence.readouts {
+                rows.push(self.row(&[&read[..past + after], &[*token]].concat()));
+            }
             for (run, rows) in rows.chunks(RUN).enumerate() {
                 for site in 0..self.sites.len() {
                     sink.rows(index, site, run * RUN, &rows.concat())?;

@@ -114,7 +114,7 @@ pub(super) unsafe fn attention(task: &TileAttention<'_>) {
 struct Places {
     /// First word of its query.
     query: [usize; COLUMNS],
-    /// Its position in the sequence.
+    /// The last position that it sees.
     position: [i32; COLUMNS],
     /// Row and first column of its numbers in the output.
     out: [(usize, usize); COLUMNS],
@@ -133,7 +133,7 @@ impl Places {
         let (mut token, mut head) = (first / task.group, first % task.group);
         for i in 0..COLUMNS {
             places.query[i] = token * task.query_stride + head * task.shape.row;
-            places.position[i] = (task.first + token) as i32;
+            places.position[i] = (task.first + token * task.step) as i32;
             places.out[i] = (task.out_row + token, task.out_column + head * task.head_dim);
             if i + 1 < len {
                 head += 1;

@@ -1,19 +1,22 @@
 //! A decoder as plain as the formulas, in fp64 on weights widened to fp32: what the engine is held to.
 
-use crate::model::{LlamaConfig, Site, SiteKind, TokenId, weights::Weights};
+use crate::model::{LlamaConfig, Readout, Site, SiteKind, TokenId, weights::Weights};
 
-/// Activations at every site for a sequence read from its start, `[sites][tokens][hidden_size]`.
+/// Activations at every site for a sequence read from its start, `[sites][tokens, readouts][hidden_size]`.
 pub(super) fn forward(
     weights: &Weights,
     config: &LlamaConfig,
     sites: &[Site],
     input_ids: &[TokenId],
+    readouts: &[Readout],
 ) -> Vec<Vec<Vec<f64>>> {
-    let reference = Reference { weights, config };
+    let tokens = (0..input_ids.len()).map(|t| Place { position: t, seen: t + 1 });
+    let beside = readouts.iter().map(|r| Place { position: r.after, seen: r.after });
+    let reference = Reference { weights, config, places: tokens.chain(beside).collect() };
+    let input_ids = input_ids.iter().chain(readouts.iter().map(|readout| &readout.token));
     let hidden = config.hidden_size;
     let embedding = Matrix::read(weights, "model.embed_tokens", config.vocab_size, hidden);
-    let mut x: Vec<Vec<f64>> =
-        input_ids.iter().map(|id| embedding.rows[*id as usize].clone()).collect();
+    let mut x: Vec<Vec<f64>> = input_ids.map(|id| embedding.rows[*id as usize].clone()).collect();
     let mut captured = vec![Vec::new(); sites.len()];
     let last = sites.iter().map(|site| site.layer).max().unwrap();
     for layer in 0..=last {
@@ -64,9 +67,16 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
+/// Where a row stands, and how many tokens it sees.
+struct Place {
+    position: usize,
+    seen: usize,
+}
+
 struct Reference<'a> {
     weights: &'a Weights,
     config: &'a LlamaConfig,
+    places: Vec<Place>,
 }
 
 impl Reference<'_> {
@@ -100,8 +110,8 @@ impl Reference<'_> {
         };
         let rotated = |name: &str, heads: usize| -> Vec<Vec<f64>> {
             let mut rows = projection(name, heads);
-            for (position, row) in rows.iter_mut().enumerate() {
-                row.chunks_mut(dim).for_each(|head| self.rope(head, position));
+            for (place, row) in self.places.iter().zip(&mut rows) {
+                row.chunks_mut(dim).for_each(|head| self.rope(head, place.position));
             }
             rows
         };
@@ -113,7 +123,7 @@ impl Reference<'_> {
             for head in 0..heads {
                 let pair = head / (heads / pairs) * dim;
                 let query = &queries[t][head * dim..][..dim];
-                let scores: Vec<f64> = (0..=t)
+                let scores: Vec<f64> = (0..self.places[t].seen)
                     .map(|s| dot(query, &keys[s][pair..][..dim]) / (dim as f64).sqrt())
                     .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);

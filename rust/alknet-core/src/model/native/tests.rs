@@ -10,11 +10,12 @@ use std::{
 use alknet_kernels::Isa;
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::{CHUNK, NativeBackend, Piece, TILE_ROWS, cut, deal, reference};
+use super::{CHUNK, NativeBackend, Piece, TILE_ROWS, cut, deal, next_chunk, reference};
 use crate::{
     Error, Result,
     model::{
-        Backend, KvCache, LlamaConfig, Sequence, Sink, Site, SiteKind, TokenId, weights::Weights,
+        Backend, KvCache, LlamaConfig, Readout, Sequence, Sink, Site, SiteKind, TokenId,
+        candle::CandleBackend, weights::Weights,
     },
 };
 
@@ -40,12 +41,26 @@ fn read(
     texts: &[&[TokenId]],
     caches: &mut [KvCache],
 ) -> Vec<Vec<Vec<f32>>> {
+    let texts: Vec<_> = texts.iter().map(|ids| (*ids, &[][..])).collect();
+    read_beside(backend, &texts, caches)
+}
+
+/// Reads every text and what is beside it after its cache; `[sequence][site][rows · hidden_size]`.
+fn read_beside(
+    backend: &dyn Backend,
+    texts: &[(&[TokenId], &[Readout])],
+    caches: &mut [KvCache],
+) -> Vec<Vec<Vec<f32>>> {
     let hidden_size = backend.hidden_size();
-    let empty =
-        |text: &&[TokenId]| vec![vec![f32::NAN; text.len() * hidden_size]; backend.sites().len()];
-    let numbers = Mutex::new(texts.iter().map(empty).collect());
-    let mut batch: Vec<_> =
-        texts.iter().zip(caches).map(|(input_ids, cache)| Sequence { input_ids, cache }).collect();
+    let mut batch: Vec<_> = texts
+        .iter()
+        .zip(caches)
+        .map(|((input_ids, readouts), cache)| Sequence { input_ids, readouts, cache })
+        .collect();
+    let empty = |sequence: &Sequence<'_>| {
+        vec![vec![f32::NAN; sequence.n_rows() * hidden_size]; backend.sites().len()]
+    };
+    let numbers = Mutex::new(batch.iter().map(empty).collect());
     let sink = Collected { hidden_size, numbers };
     backend.forward(&mut batch, &sink).unwrap();
     sink.numbers.into_inner().unwrap()
@@ -142,6 +157,11 @@ fn text(len: usize, seed: usize) -> Vec<TokenId> {
     (0..len).map(|i| ((i * 7919 + seed * 104_729 + 13) % 300) as TokenId).collect()
 }
 
+/// One token in some places.
+fn readouts<const N: usize>(places: [usize; N], token: TokenId) -> [Readout; N] {
+    places.map(|after| Readout { after, token })
+}
+
 fn every_site(layers: usize) -> Vec<Site> {
     let kinds = [SiteKind::AttnOut, SiteKind::MlpOut, SiteKind::ResidPost];
     (0..layers).flat_map(|layer| kinds.map(|kind| Site { layer, kind })).collect()
@@ -169,9 +189,12 @@ fn agrees_with_a_plain_decoder() {
     {
         let model = RandomModel::new(hidden, inner, heads, pairs, dim);
         let (sites, ids) = (every_site(2), text(75, 1));
-        let expected = reference::forward(&model.weights, &model.config, &sites, &ids);
+        let readouts = readouts([1, 40, 40, 75], 299);
+        let expected = reference::forward(&model.weights, &model.config, &sites, &ids, &readouts);
         for isa in Isa::available() {
-            let found = read_one(&model.backend(&sites, 2, isa), &ids);
+            let backend = model.backend(&sites, 2, isa);
+            let mut caches = [backend.new_cache()];
+            let found = read_beside(&backend, &[(&ids, &readouts)], &mut caches).remove(0);
             for ((site, found), expected) in sites.iter().zip(&found).zip(&expected) {
                 assert_eq!(found.len(), expected.len() * hidden);
                 for (t, (found, expected)) in found.chunks(hidden).zip(expected).enumerate() {
@@ -179,6 +202,34 @@ fn agrees_with_a_plain_decoder() {
                     assert!(cosine > MIN_COSINE, "{isa}, {site}, token {t}: cosine {cosine}");
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn the_reference_engine_reads_beside_a_text_too() {
+    let model = RandomModel::new(144, 384, 9, 3, 16);
+    let (sites, ids, readouts) = (every_site(2), text(150, 1), readouts([1, 140, 150], 299));
+    let expected = reference::forward(&model.weights, &model.config, &sites, &ids, &readouts);
+    let weights = Arc::clone(&model.weights);
+    let backend = CandleBackend::load(weights, &model.config, &sites, Some(2)).unwrap();
+    // In two parts, the second of which has a readout of what the first has read.
+    let (head, tail) = ids.split_at(140);
+    let tail_readouts = [0, 10].map(|after| Readout { after, token: 299 });
+    let mut cache = [backend.new_cache()];
+    let first = read_beside(&backend, &[(head, &readouts[..1])], &mut cache).remove(0);
+    let second = read_beside(&backend, &[(tail, &tail_readouts)], &mut cache).remove(0);
+    for ((first, second), expected) in first.iter().zip(&second).zip(&expected) {
+        let rows = |numbers: &[f32]| numbers.chunks(144).map(<[f32]>::to_vec).collect::<Vec<_>>();
+        let (mut found, mut rest) = (rows(first), rows(second));
+        let first_readout = found.pop().unwrap();
+        let last_readouts = rest.split_off(tail.len());
+        found.extend(rest);
+        found.push(first_readout);
+        found.extend(last_readouts);
+        for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let cosine = cosine(found, expected);
+            assert!(cosine > 1.0 - 1e-9, "row {row}: cosine {cosine}");
         }
     }
 }
@@ -209,25 +260,72 @@ fn threads_batch_and_chunks_change_no_bit() {
 }
 
 #[test]
-fn what_a_cache_has_forgotten_leaves_no_trace() {
+fn what_is_read_beside_a_text_changes_no_bit_of_it_and_is_the_same_however_it_is_read() {
     let model = RandomModel::new(144, 384, 9, 3, 16);
-    let (sites, ids) = (every_site(3), text(140, 1));
+    let sites = every_site(3);
+    let (long, short, places) = (text(CHUNK + 3, 1), text(17, 2), [1, 64, 128, CHUNK, CHUNK + 3]);
+    let beside = readouts(places, 7);
     for isa in Isa::available() {
-        let backend = model.backend(&sites, 2, isa);
-        let mut cache = backend.new_cache();
-        let mut whole = vec![Vec::<f32>::new(); sites.len()];
-        // Groups of 32 positions and blocks of 64 are left half full, full, and entered.
-        for part in [0..31, 31..32, 32..63, 63..64, 64..65, 65..127, 127..140] {
-            let more = [&ids[part.clone()], &text(5, 9)[..]].concat();
-            let found = read(&backend, &[&more], std::slice::from_mut(&mut cache)).remove(0);
-            for (whole, found) in whole.iter_mut().zip(found) {
-                whole.extend(&found[..part.len() * backend.hidden_size()]);
-            }
-            cache.truncate(part.end);
-            assert_eq!(cache.len(), part.end);
+        let (one, two) = (model.backend(&sites, 1, isa), model.backend(&sites, 2, isa));
+        let plain = read_one(&one, &long);
+        let whole = read_beside(&one, &[(&long, &beside)], &mut [one.new_cache()]).remove(0);
+        for (whole, plain) in whole.iter().zip(&plain) {
+            assert_eq!(whole[..plain.len()], plain[..], "{isa}");
         }
-        assert_eq!(whole, read_one(&backend, &ids), "{isa}");
+
+        let batch = [(&short[..], &beside[..1]), (&long[..], &beside[..])];
+        let batched = read_beside(&two, &batch, &mut [two.new_cache(), two.new_cache()]).remove(1);
+        assert!(batched == whole, "{isa}: in a batch");
+
+        // Up to each place by itself, the readout with the tokens before it and after them.
+        let (mut cache, width) = (two.new_cache(), two.hidden_size());
+        let mut start = 0;
+        for (i, place) in places.into_iter().enumerate() {
+            let last = readouts([place - start], 7);
+            let text = [(&long[start..place], &last[..])];
+            let found = read_beside(&two, &text, std::slice::from_mut(&mut cache)).remove(0);
+            let nothing = [(&[][..], &readouts([0], 7)[..])];
+            let after = read_beside(&two, &nothing, std::slice::from_mut(&mut cache)).remove(0);
+            assert_eq!(cache.len(), place);
+            for ((found, after), whole) in found.iter().zip(&after).zip(&whole) {
+                let expected = &whole[(long.len() + i) * width..][..width];
+                assert_eq!(&found[(place - start) * width..], expected, "{isa}: after {place}");
+                assert_eq!(&after[..], expected, "{isa}: alone after {place}");
+            }
+            start = place;
+        }
     }
+}
+
+#[test]
+fn readouts_are_in_the_chunk_of_the_token_before_them() {
+    let (mut caches, ids) = ([KvCache::new(1), KvCache::new(1)], text(40, 1));
+    caches[1].input_ids = vec![0; 5];
+    let (first, second) = (readouts([10, 30], 7), readouts([0, 16, 40], 8));
+    let [one, two] = &mut caches;
+    let batch = [
+        Sequence { input_ids: &ids[..30], readouts: &first, cache: one },
+        Sequence { input_ids: &ids, readouts: &second, cache: two },
+    ];
+    let piece = |sequence, tokens: Range<usize>, start, first, readouts_by: Option<usize>| {
+        let rows = start..start + tokens.len();
+        let (step, readout) = (readouts_by.unwrap_or(1), readouts_by.is_some());
+        Piece { sequence, tokens, rows, first, step, readout }
+    };
+    let (pieces, end) = next_chunk(&batch, (0, 0), 40);
+    assert_eq!(
+        pieces,
+        [
+            piece(0, 0..30, 0, 0, None),
+            piece(0, 30..32, 30, 10, Some(20)),
+            piece(1, 0..7, 32, 5, None),
+            piece(1, 40..41, 39, 5, Some(1)),
+        ]
+    );
+    batch[1].cache.input_ids.extend(&ids[..7]);
+    let (pieces, end) = next_chunk(&batch, end, 35);
+    assert_eq!(pieces, [piece(1, 7..40, 0, 12, None), piece(1, 41..43, 33, 21, Some(24)),]);
+    assert_eq!(end, (2, 0));
 }
 
 /// Every part has rows, whole units of the chunk but for the last of them, and costs at most a unit more than its
@@ -236,7 +334,7 @@ fn what_a_cache_has_forgotten_leaves_no_trace() {
 fn parts_of_a_chunk_cost_the_same() {
     let piece = |sequence, rows: Range<usize>, first| {
         let tokens = first..first + rows.len();
-        Piece { sequence, tokens, rows, first }
+        Piece { sequence, tokens, rows, first, step: 1, readout: false }
     };
     let cost = |position: usize| 1000 + position;
     for (pieces, parts) in [
@@ -278,7 +376,7 @@ fn parts_of_a_chunk_cost_the_same() {
 fn the_first_rows_go_with_the_last() {
     let piece = |tokens: Range<usize>, start| {
         let (first, rows) = (tokens.start + 1, start..start + tokens.len());
-        Piece { sequence: 0, tokens, rows, first }
+        Piece { sequence: 0, tokens, rows, first, step: 1, readout: false }
     };
     assert_eq!(
         deal(vec![piece(0..128, 0)], 2, (1_000_000, 1)),
@@ -290,7 +388,7 @@ fn the_first_rows_go_with_the_last() {
 fn pieces_are_cut_at_the_ends_of_parts() {
     let piece = |sequence, tokens: Range<usize>, start, first| {
         let rows = start..start + tokens.len();
-        Piece { sequence, tokens, rows, first }
+        Piece { sequence, tokens, rows, first, step: 1, readout: false }
     };
     let pieces = vec![piece(1, 5..45, 0, 9), piece(2, 0..8, 40, 1)];
     assert_eq!(
@@ -345,12 +443,23 @@ fn refuses_what_it_cannot_read() {
     let refuse = |input_ids: &[TokenId], mut cache: KvCache| {
         let numbers = Mutex::new(vec![vec![vec![f32::NAN; input_ids.len() * 64]]]);
         let sink = Collected { hidden_size: 64, numbers };
-        let mut batch = [Sequence { input_ids, cache: &mut cache }];
+        let mut batch = [Sequence::new(input_ids, &mut cache)];
         backend.forward(&mut batch, &sink).unwrap_err().to_string()
     };
     assert!(refuse(&[300], backend.new_cache()).contains("outside the vocabulary of 300"));
     assert!(refuse(&[0; 2049], backend.new_cache()).contains("2049 tokens"));
     assert!(refuse(&[0], KvCache::default()).contains("not one of this engine"));
+    let misplaced = |readouts: &[Readout]| {
+        let mut cache = backend.new_cache();
+        let numbers = Mutex::new(Vec::new());
+        let sink = Collected { hidden_size: 64, numbers };
+        let mut batch = [Sequence { input_ids: &[1, 2], readouts, cache: &mut cache }];
+        backend.forward(&mut batch, &sink).unwrap_err().to_string()
+    };
+    assert!(misplaced(&readouts([1], 300)).contains("outside the vocabulary of 300"));
+    assert!(misplaced(&readouts([3], 1)).contains("a readout after 3 tokens, of 0 and 2"));
+    assert!(misplaced(&readouts([0], 1)).contains("has to stand after one of them"));
+    assert!(misplaced(&readouts([2, 1], 1)).contains("in the order of their places"));
     let deep = Site { layer: 3, kind: SiteKind::ResidPost };
     let weights = || Arc::clone(&model.weights);
     let load = |sites: &[Site]| NativeBackend::load(weights(), &model.config, sites, None, None);
@@ -410,7 +519,7 @@ fn keeps_the_activations_of_a_real_model() {
     let mut ids = vec![config.bos_token_id.unwrap_or(0)];
     ids.extend_from_slice(tokenizer.encode(text, false).unwrap().get_ids());
     let sites: Vec<Site> = ["6.resid_post", "14.resid_post"].map(|s| s.parse().unwrap()).into();
-    let expected = reference::forward(&weights, &config, &sites, &ids);
+    let expected = reference::forward(&weights, &config, &sites, &ids, &[]);
     for isa in Isa::available() {
         let backend =
             NativeBackend::load(Arc::clone(&weights), &config, &sites, None, Some(isa)).unwrap();
