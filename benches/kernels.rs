@@ -89,7 +89,7 @@ fn attention(c: &mut Criterion) {
             let mut cache = KeyValues::default();
             let places = pass.grow(HEADS, &mut cache, len, len);
             pass.extend(HEADS, &x, &mut [Extension { rows: 0..len, places }]);
-            let segment = Segment { rows: 0..rows, first: len - rows, cache: &cache };
+            let segment = Segment { rows: 0..rows, first: len - rows, step: 1, cache: &cache };
             let mut out = Intermediate::default();
             group.bench_function(BenchmarkId::new(engine.isa().name(), len), |b| {
                 b.iter(|| pass.attention(HEADS, std::slice::from_ref(&segment), &x, &mut out));
