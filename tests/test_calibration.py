@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -34,11 +35,12 @@ from alknet_firewall.calibration.fit import (
     pool,
     project,
 )
+from alknet_firewall.calibration.run import default_layout
 
 WIDTH = len(SITES) * HIDDEN_SIZE
 OPTIONS = FitOptions(n_components=5, rounds=2)
 TINY_LAYOUT = Layout(sites=SITES, **LAYOUT)
-CLOSED_LAYOUT = dataclasses.replace(TINY_LAYOUT, closing=7, closing_every=10)
+CLOSED_LAYOUT = dataclasses.replace(TINY_LAYOUT, closing=0, closing_every=10)
 N_WINDOWS = 3
 
 
@@ -342,7 +344,7 @@ class TestCompile:
         assert metadata["detector"] == "tiny"
         assert metadata["sites"] == ",".join(SITES)
         assert metadata["n_components"] == "6"
-        assert json.loads(metadata["closing"]) == {"token": 7, "every": 10}
+        assert json.loads(metadata["closing"]) == {"token": 0, "every": 10}
         quality = json.loads(metadata["quality"])
         assert 0 <= quality["worst_auroc"] <= quality["mean_auroc"] <= 1
         assert set(quality["benign"]) == {row.source for row in corpus.rows if not row.attack}
@@ -380,7 +382,7 @@ class TestCompile:
 
         tensors, metadata = load_file(compiled), _core.inspect_codebook(str(compiled))
         reader = _core.Reader(str(tiny_folder), list(SITES))
-        (x,) = reader.window_means([text], window=8, stride=4, max_tokens=64, closing=(7, 10))
+        (x,) = reader.window_means([text], window=8, stride=4, max_tokens=64, closing=(0, 10))
         z = (x - tensors["mean"]) @ tensors["components"].T
         *terms, closing = tensors["direction_weights"][:, 0] @ z.T
         n_tokens = min(reader.count_tokens(text), 64)
@@ -724,7 +726,7 @@ class TestActivations:
         np.testing.assert_array_equal(store.starts, open_store.starts)
         np.testing.assert_array_equal(store.n_tokens, open_store.n_tokens)
         np.testing.assert_array_equal(store.data, open_store.data)
-        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": (7, 10)}
+        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": (0, 10)}
         counts = -(-store.n_tokens // 10)
         assert counts.max() > 2
         assert store.closing.shape == (counts.sum(), store.data.shape[1])
@@ -737,6 +739,13 @@ class TestActivations:
             ends = [min(4 * i + 8, n_tokens) for i in range(windows.stop - windows.start)]
             expected_rows = [counts[:text].sum() + (end - 1) // 10 for end in ends]
             assert list(store.closed_by[windows]) == expected_rows
+
+    def test_a_tokenizer_without_the_closing_token_has_none(self, tiny_folder, tmp_path):
+        assert default_layout(tiny_folder).closing == 2
+        other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+        tokenizer = other / "tokenizer.json"
+        tokenizer.write_text(tokenizer.read_text().replace("<|im_end|>", "<|end|>"))
+        assert default_layout(other).closing is None
 
     def test_a_closing_token_is_no_denser_than_windows(self, reader):
         options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": (7, 7)}

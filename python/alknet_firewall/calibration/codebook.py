@@ -88,7 +88,9 @@ def compile_codebook(
         "stride": str(layout.stride),
         "scales": json.dumps(options.scales),
         "closing": json.dumps(
-            layout.closing and {"token": layout.closing, "every": layout.closing_every}
+            None
+            if layout.closing is None
+            else {"token": layout.closing, "every": layout.closing_every}
         ),
         "segment_tokens": str(layout.segment_tokens),
         "segment_overlap": str(layout.segment_overlap),

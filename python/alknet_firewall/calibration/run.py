@@ -30,9 +30,9 @@ CLOSING = "<|im_end|>"
 
 def default_layout(detector: Path) -> Layout:
     """The layout of a codebook for a detector folder's model."""
-    # A tokenizer without that token makes several of it.
-    token, *more = _core.token_ids(str(detector), CLOSING)
-    return Layout(closing=None if more else token)
+    ids = _core.token_ids(str(detector), CLOSING)
+    # A tokenizer without that token makes several of it, or none.
+    return Layout(closing=ids[0] if len(ids) == 1 else None)
 
 
 def load_corpus(
