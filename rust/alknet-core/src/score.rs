@@ -173,13 +173,13 @@ fn tail_depth(u: f64) -> f64 {
 
 /// `p` of a text from the smallest p-value of its `segments`, given as `x = −log₁₀ p`: Šidák's correction for
 /// as many independent looks as they are worth. Segments of a document resemble each other: sixteen are
-/// worth four (`docs/decisions/0016-segments-of-a-document.md`).
+/// worth eight (`docs/decisions/0018-looks-at-a-long-document.md`).
 pub fn corrected_p(x: f64, segments: usize) -> f64 {
     let p = 10f64.powf(-x);
     if p >= 1.0 {
         return 1.0;
     }
-    let looks = (segments as f64).sqrt();
+    let looks = (segments as f64).powf(0.75);
     -((-p).ln_1p() * looks).exp_m1()
 }
 
@@ -188,10 +188,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sixteen_segments_are_worth_four_looks() {
+    fn sixteen_segments_are_worth_eight_looks() {
         assert!((corrected_p(2.0, 1) - 0.01).abs() < 1e-12);
-        assert!((corrected_p(2.0, 16) - (1.0 - 0.99f64.powi(4))).abs() < 1e-12);
-        assert!((corrected_p(12.0, 16) - 4e-12).abs() < 1e-20);
+        assert!((corrected_p(2.0, 16) - (1.0 - 0.99f64.powi(8))).abs() < 1e-12);
+        assert!((corrected_p(12.0, 16) - 8e-12).abs() < 1e-20);
         assert_eq!(corrected_p(0.0, 5), 1.0);
     }
 
