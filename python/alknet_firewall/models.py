@@ -53,13 +53,13 @@ class DetectorModel(Protocol):
 
 def _beside(
     input_ids: list[int], readouts: Readouts
-) -> tuple[list[int], list[int], list[list[bool]]]:
-    """Tokens and readouts, their positions, and which of the rows each one sees."""
+) -> tuple[list[int], list[int], list[list[int]]]:
+    """Tokens and readouts, their positions, and a column: how many of the first rows each sees."""
     n = len(input_ids)
     positions = [*range(n), *(after for after, _ in readouts)]
     seen = [*range(1, n + 1), *(after for after, _ in readouts)]
     ids = [*input_ids, *(token for _, token in readouts)]
-    return ids, positions, [[row < own for row in range(len(ids))] for own in seen]
+    return ids, positions, [[own] for own in seen]
 
 
 def _layers(sites: Sequence[str]) -> list[int]:
@@ -118,7 +118,8 @@ class TorchModel:
             input_ids, positions, seen = _beside(input_ids, readouts)
             # What is added to the scores: nothing, or the least number there is.
             hidden = torch.finfo(self._model.dtype).min
-            mask = torch.tensor(seen, device=device).logical_not() * hidden
+            columns = torch.arange(len(input_ids), device=device)
+            mask = (columns >= torch.tensor(seen, device=device)) * hidden
             beside["attention_mask"] = mask.to(self._model.dtype)[None, None]
             beside["position_ids"] = torch.tensor([positions], device=device)
         with torch.inference_mode():
@@ -195,7 +196,7 @@ class OnnxModel:
         feed = {"input_ids": numpy.asarray([ids], dtype=numpy.int64)}
         if places <= self._inputs:
             feed["position_ids"] = numpy.asarray([positions], dtype=numpy.int64)
-            mask = numpy.where(seen, 0, numpy.finfo(numpy.float32).min).astype(numpy.float32)
+            mask = (numpy.arange(len(ids)) >= seen) * numpy.finfo(numpy.float32).min
             feed["attention_mask"] = mask[None, None]
         outputs = self._session.run(self.sites, feed)
         array: npt.NDArray[np.float32] = numpy.stack([out[0] for out in outputs], axis=1)
