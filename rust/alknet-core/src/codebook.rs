@@ -187,11 +187,7 @@ impl Codebook {
             true => metadata.json("closing")?,
             false => None,
         };
-        if let Some(Closing { every, .. }) = closing.filter(|closing| closing.every < window) {
-            return Err(format!(
-                "a closing token every {every} tokens; a window of {window} is the least"
-            ));
-        }
+        closing.map_or(Ok(()), |closing| closing.check(window))?;
         let readings = scales.len() + usize::from(closing.is_some());
 
         let columns = sites.len() * hidden_size;

@@ -17,7 +17,7 @@ use crate::{
     model::{Backend, TokenId, config::read_json, weights::Weights},
     normalize::{self, HiddenText, View, ViewKind},
     project::{Projections, Projector},
-    reader::{Reader, ReaderOptions, passes, segments},
+    reader::{Reader, ReaderOptions, n_rows, passes, segments},
     score::{self, FrameScore},
     stream::Segment,
     tokenize::{Encoding, Tokenizer},
@@ -254,8 +254,7 @@ impl Firewall {
     /// Runs the engine over some pieces; the projections of what closes a piece follow those of its tokens.
     fn project(&self, input_ids: &[&[TokenId]]) -> Result<Vec<Projections>> {
         let closing = self.codebook.closing.as_ref();
-        let n_rows = |ids: &&[TokenId]| ids.len() + closing.map_or(0, |own| own.count(ids.len()));
-        let n_rows: Vec<_> = input_ids.iter().map(n_rows).collect();
+        let n_rows: Vec<_> = input_ids.iter().map(|ids| n_rows(ids.len(), closing)).collect();
         let projector = Projector::new(&self.codebook, &n_rows);
         self.reader.read(input_ids, closing, &projector)?;
         Ok(projector.into_sequences())

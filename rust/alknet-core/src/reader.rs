@@ -190,12 +190,7 @@ impl Reader {
         closing: Option<&Closing>,
     ) -> Result<Vec<Vec<f32>>> {
         layout.check()?;
-        if let Some(Closing { every, .. }) = closing.filter(|own| own.every < layout.window) {
-            let window = layout.window;
-            return Err(Error::Config(format!(
-                "closing every {every} tokens: a window of {window} is the least"
-            )));
-        }
+        closing.map_or(Ok(()), |closing| closing.check(layout.window)).map_err(Error::Config)?;
         let encode = |text: &&str| -> Result<Vec<TokenId>> {
             let mut input_ids = self.tokenizer.encode(text)?.input_ids;
             input_ids.truncate(layout.max_tokens);
@@ -204,9 +199,8 @@ impl Reader {
         let pieces = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
         let mut means = Vec::with_capacity(pieces.len());
         for pass in passes(&pieces, Vec::len) {
-            let n_closings = |n_tokens| closing.map_or(0, |closing| closing.count(n_tokens));
-            let n_rows = |piece: &Vec<TokenId>| piece.len() + n_closings(piece.len());
-            let mut read: Vec<_> = pass.iter().map(|piece| self.zeros(n_rows(piece))).collect();
+            let zeros = |piece: &Vec<TokenId>| self.zeros(n_rows(piece.len(), closing));
+            let mut read: Vec<_> = pass.iter().map(zeros).collect();
             let ids: Vec<_> = pass.iter().map(Vec::as_slice).collect();
             self.read(&ids, closing, &Capture::new(&mut read))?;
             let rows = read.into_iter().zip(pass);
@@ -219,6 +213,11 @@ impl Reader {
     fn zeros(&self, seq_len: usize) -> Activations {
         Activations::zeros(seq_len, self.backend.sites().len(), self.backend.hidden_size())
     }
+}
+
+/// Rows that [`Reader::read`] hands over of a piece of `n_tokens`.
+pub(crate) fn n_rows(n_tokens: usize, closing: Option<&Closing>) -> usize {
+    n_tokens + closing.map_or(0, |closing| closing.count(n_tokens))
 }
 
 /// Means of the windows of one text of `n_tokens`, and what closes it as it is.

@@ -18,6 +18,20 @@ pub struct Closing {
 }
 
 impl Closing {
+    /// Refuses a distance below that of a window: each window has to end by the token that closes it.
+    ///
+    /// # Errors
+    /// What was found and what is needed.
+    pub fn check(&self, window: usize) -> Result<(), String> {
+        if self.every < window {
+            return Err(format!(
+                "a closing token every {} tokens; a window of {window} is the least",
+                self.every
+            ));
+        }
+        Ok(())
+    }
+
     /// How often it is read in a piece of `n_tokens`.
     pub fn count(&self, n_tokens: usize) -> usize {
         n_tokens.div_ceil(self.every)

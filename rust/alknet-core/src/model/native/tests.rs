@@ -219,7 +219,11 @@ fn the_reference_engine_reads_beside_a_text_too() {
     let mut cache = [backend.new_cache()];
     let first = read_beside(&backend, &[(head, &readouts[..1])], &mut cache).remove(0);
     let second = read_beside(&backend, &[(tail, &tail_readouts)], &mut cache).remove(0);
-    for ((first, second), expected) in first.iter().zip(&second).zip(&expected) {
+    // And once more without new tokens.
+    let alone = read_beside(&backend, &[(&[], &tail_readouts[..1])], &mut cache).remove(0);
+    for (((first, second), alone), expected) in first.iter().zip(&second).zip(&alone).zip(&expected)
+    {
+        assert!(cosine(alone, &expected[expected.len() - 1]) > 1.0 - 1e-9);
         let rows = |numbers: &[f32]| numbers.chunks(144).map(<[f32]>::to_vec).collect::<Vec<_>>();
         let (mut found, mut rest) = (rows(first), rows(second));
         let first_readout = found.pop().unwrap();
