@@ -75,7 +75,7 @@ pub(crate) struct AttentionTask<'a> {
 
 impl AttentionTask<'_> {
     /// The number of positions that token `t` sees.
-    fn seen(&self, t: usize) -> usize {
+    pub(crate) fn seen(&self, t: usize) -> usize {
         self.first + t * self.step + 1
     }
 }

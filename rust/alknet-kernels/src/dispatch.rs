@@ -278,9 +278,9 @@ impl Kernels {
         let numbers = task.heads * task.head_dim;
         assert!(out.len() == task.tokens * numbers && task.head_dim.is_multiple_of(2));
         assert!(task.queries.len() >= (task.tokens - 1) * task.query_stride + numbers);
-        let end = task.first + task.tokens;
+        let last = task.seen(task.tokens - 1) - 1;
         for rows in [task.keys, task.values] {
-            assert!(rows.len() >= (end - 1) * task.stride + task.head_dim);
+            assert!(rows.len() >= last * task.stride + task.head_dim);
         }
         // SAFETY: the table was handed out after the CPU check; shapes checked above.
         unsafe { (self.attention)(task, out) }
