@@ -260,6 +260,24 @@ fn tiles_are_released_when_a_step_ends() {
     assert_eq!(unsafe { states_in_use() } >> 17 & 3, 0);
 }
 
+#[test]
+#[should_panic(expected = "rows.len() >= last")]
+fn attention_is_refused_where_keys_are_missing_that_a_step_leads_to() {
+    let task = AttentionTask {
+        heads: 1,
+        first: 0,
+        step: 3,
+        tokens: 2,
+        head_dim: 2,
+        queries: &[0.0; 4],
+        query_stride: 2,
+        keys: &[0.0; 6],
+        values: &[0.0; 6],
+        stride: 2,
+    };
+    kernels(Isa::Scalar).attention(&task, &mut [0.0; 4]);
+}
+
 /// Of numbers below one: their weights are off by up to a part in 579, then rounded towards zero by up to one
 /// in 128, and the result is rounded to bf16.
 const ATTENTION_ERROR: f64 = 1.0 / 579.0 + 1.0 / 128.0 + 1.0 / 512.0;
