@@ -23,9 +23,15 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
 from alknet_firewall.calibration import codebook, null
-from alknet_firewall.calibration.activations import Layout, read_windows
+from alknet_firewall.calibration.activations import Layout, Learned, read_windows
 from alknet_firewall.calibration.corpus import Row, read_corpora, sha256_of
-from alknet_firewall.calibration.crossfit import ORIGINS, Corpus, cross_fit, folds_of
+from alknet_firewall.calibration.crossfit import (
+    ORIGINS,
+    Corpus,
+    cross_fit,
+    folds_of,
+    numbered_folds,
+)
 from alknet_firewall.calibration.evaluate import evaluate, table
 from alknet_firewall.calibration.fit import (
     FitOptions,
@@ -42,6 +48,14 @@ OPTIONS = FitOptions(n_components=5, rounds=2)
 TINY_LAYOUT = Layout(sites=SITES, **LAYOUT)
 CLOSED_LAYOUT = dataclasses.replace(TINY_LAYOUT, closing=0, closing_every=10)
 N_WINDOWS = 3
+# Up to the deepest site.
+N_BLOCKS = 1 + max(int(site.split(".")[0]) for site in SITES)
+
+
+def learned(n_readouts: int) -> np.ndarray:
+    """Vectors of some readouts of the tiny model."""
+    shape = (n_readouts, N_BLOCKS, HIDDEN_SIZE)
+    return np.random.default_rng(4).standard_normal(shape).astype(np.float32)
 
 
 def made_up_corpus(
@@ -191,6 +205,18 @@ class TestOtherLanguages:
         raised = scorer.largest(other.windows, every)
         assert (raised[::2] > scores[::2]).all()
         np.testing.assert_array_equal(raised[1::2], scores[1::2])
+
+    def test_left_out_texts_are_closed_by_what_has_not_seen_them(self, corpus):
+        known = closed(corpus)
+        noise = np.random.default_rng(5).standard_normal(known.windows.closing.shape)
+        folds = numbered_folds(corpus.rows)
+        left_out = np.repeat(noise.astype(np.float16)[:, None], 1 + max(folds), axis=1)
+        unseen = dataclasses.replace(known, left_out_closing=left_out)
+        windows = dataclasses.replace(known.windows, closing=left_out[:, 0])
+        blind = dataclasses.replace(known, windows=windows)
+        scores = cross_fit(unseen, OPTIONS)
+        np.testing.assert_array_equal(scores, cross_fit(blind, OPTIONS))
+        assert np.abs(scores - cross_fit(known, OPTIONS)).max() > 1
 
     @pytest.mark.parametrize("lang", ["", "en"])
     def test_english_text_has_one_direction(self, lang):
@@ -358,6 +384,18 @@ class TestCompile:
         alarm = Firewall(tiny_folder, codebook_path=compiled).screen(BENIGN[0])
         assert alarm.level in AlarmLevel
 
+    def test_what_was_learned_is_in_the_codebook(self, corpus, tiny_folder, tmp_path):
+        from safetensors.numpy import load_file
+
+        vectors = learned(2)
+        out = tmp_path / "learned.safetensors"
+        layout = dataclasses.replace(CLOSED_LAYOUT, closing=Learned(vectors))
+        codebook.compile_codebook(closed(corpus), tiny_folder, out, layout=layout, options=OPTIONS)
+        np.testing.assert_array_equal(load_file(out)["closing"], vectors[-1])
+        assert json.loads(_core.inspect_codebook(str(out))["closing"]) == {"every": 10}
+        alarm = Firewall(tiny_folder, codebook_path=out).screen(BENIGN[0])
+        assert alarm.level in AlarmLevel
+
     def test_the_same_corpus_gives_the_same_bytes(self, compiled, tiny_folder, tmp_path):
         again = tmp_path / "again.safetensors"
         codebook.compile_codebook(
@@ -382,7 +420,7 @@ class TestCompile:
 
         tensors, metadata = load_file(compiled), _core.inspect_codebook(str(compiled))
         reader = _core.Reader(str(tiny_folder), list(SITES))
-        (x,) = reader.window_means([text], window=8, stride=4, max_tokens=64, closing=(0, 10))
+        (x,) = reader.window_means([text], window=8, stride=4, max_tokens=64, closing=([0], 10))
         z = (x - tensors["mean"]) @ tensors["components"].T
         *terms, closing = tensors["direction_weights"][:, 0] @ z.T
         n_tokens = min(reader.count_tokens(text), 64)
@@ -726,19 +764,54 @@ class TestActivations:
         np.testing.assert_array_equal(store.starts, open_store.starts)
         np.testing.assert_array_equal(store.n_tokens, open_store.n_tokens)
         np.testing.assert_array_equal(store.data, open_store.data)
-        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": (0, 10)}
+        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": ([0], 10)}
         counts = -(-store.n_tokens // 10)
         assert counts.max() > 2
-        assert store.closing.shape == (counts.sum(), store.data.shape[1])
+        assert store.closing.shape == (counts.sum(), 1, store.data.shape[1])
         for text in (0, 5, len(TEXTS) - 1):
             (expected,) = reader.window_means([TEXTS[text]], **options)
-            own = store.closing[counts[:text].sum() :][: counts[text]]
+            own = store.closing[counts[:text].sum() :][: counts[text], 0]
             np.testing.assert_allclose(own, expected[-counts[text] :], rtol=2e-3, atol=2e-3)
             windows = slice(store.starts[text], store.starts[text + 1])
             n_tokens = store.n_tokens[text]
             ends = [min(4 * i + 8, n_tokens) for i in range(windows.stop - windows.start)]
             expected_rows = [counts[:text].sum() + (end - 1) // 10 for end in ends]
             assert list(store.closed_by[windows]) == expected_rows
+
+    def test_several_readouts_close_a_text_at_the_same_places(self, reader, tmp_path):
+        vectors = learned(3)
+        layout = dataclasses.replace(CLOSED_LAYOUT, closing=Learned(vectors))
+        store = read_windows(TEXTS, reader, layout, key="key", cache=tmp_path)
+        assert store.closing.shape[1] == 3
+        for i, own in enumerate(vectors):
+            alone = dataclasses.replace(CLOSED_LAYOUT, closing=Learned(own[None]))
+            expected = read_windows(TEXTS, reader, alone, key="key", cache=tmp_path)
+            np.testing.assert_array_equal(store.closing[:, i], expected.closing[:, 0])
+            np.testing.assert_array_equal(store.closed_by, expected.closed_by)
+
+    def test_a_learned_readout_of_an_embedding_is_the_token(self, reader, tiny_folder):
+        from safetensors.numpy import load_file
+
+        weights = load_file(tiny_folder / "model.safetensors")
+        vectors = np.zeros((N_BLOCKS, HIDDEN_SIZE), dtype=np.float32)
+        vectors[0] = weights["model.embed_tokens.weight"][7]
+        options = {"window": 8, "stride": 4, "max_tokens": 64}
+        closing = ([7, vectors], 10)
+        (rows,) = reader.window_means(TEXTS[:1], closing=closing, **options)
+        first = len(rows) - 2 * -(-reader.count_tokens(TEXTS[0]) // 10)
+        np.testing.assert_array_equal(rows[first::2], rows[first + 1 :: 2])
+        vectors[1] += 1
+        (other,) = reader.window_means(TEXTS[:1], closing=closing, **options)
+        np.testing.assert_array_equal(other[:first], rows[:first])
+        np.testing.assert_array_equal(other[first::2], rows[first::2])
+        assert np.abs(other[first + 1 :: 2] - rows[first + 1 :: 2]).max() > 0.1
+
+    @pytest.mark.parametrize("shape", [(N_BLOCKS + 1, HIDDEN_SIZE), (N_BLOCKS, HIDDEN_SIZE - 1)])
+    def test_learned_readouts_of_another_model_are_refused(self, reader, shape):
+        closing = ([np.zeros(shape, dtype=np.float32)], 10)
+        options = {"window": 8, "stride": 4, "max_tokens": 64}
+        with pytest.raises(InputError, match=f"{N_BLOCKS} blocks take {HIDDEN_SIZE} each"):
+            reader.window_means(TEXTS[:1], closing=closing, **options)
 
     def test_a_tokenizer_without_the_closing_token_has_none(self, tiny_folder, tmp_path):
         assert default_layout(tiny_folder).closing == 2
@@ -748,7 +821,7 @@ class TestActivations:
         assert default_layout(other).closing is None
 
     def test_a_closing_token_is_no_denser_than_windows(self, reader):
-        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": (7, 7)}
+        options = {"window": 8, "stride": 4, "max_tokens": 64, "closing": ([7], 7)}
         with pytest.raises(ConfigError, match="every 7 tokens"):
             reader.window_means(TEXTS[:1], **options)
 

@@ -335,7 +335,7 @@ class TestTorch:
         readouts = [(4, 7), (7, 7), (8, 7)]
         found = TorchModel(model, sites).activations(ids, readouts)[1:]
         found /= np.sqrt((found**2).mean(axis=2, keepdims=True) + 1e-6)
-        options = {"window": 1, "stride": 1, "max_tokens": 64, "closing": (7, 3)}
+        options = {"window": 1, "stride": 1, "max_tokens": 64, "closing": ([7], 3)}
         (expected,) = reader.window_means(["Tuesday"], **options)
         np.testing.assert_allclose(found.reshape(len(found), -1), expected, rtol=1e-4, atol=1e-4)
 

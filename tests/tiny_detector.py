@@ -121,7 +121,7 @@ def write_codebook(
         "novelty_values": np.tile(_NOVELTY[1], (2, 1)),
     }
     metadata = fingerprint | {
-        "format_version": "3",
+        "format_version": "4",
         "detector": "tiny",
         "sites": ",".join(sites),
         "hidden_size": str(benign.shape[1] // len(sites)),

@@ -74,7 +74,7 @@ class Reader:
         window: int,
         stride: int,
         max_tokens: int,
-        closing: tuple[int, int] | None,
+        closing: tuple[list[int | npt.NDArray[np.float32]], int] | None,
     ) -> list[npt.NDArray[np.float32]]: ...
     def count_tokens(self, text: str) -> int: ...
 

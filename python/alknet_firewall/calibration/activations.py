@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,31 @@ from .. import _core
 from ..errors import InputError
 from ..locking import locked
 
-__all__ = ["Layout", "WindowStore", "read_windows"]
+__all__ = ["Layout", "Learned", "WindowStore", "read_windows"]
 
 Progress = Callable[[str, int, int | None], None]
 
 # Texts handed to the engine at once: enough to fill its passes, few enough to lose little.
 _BATCH = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """Readouts that were learned, see `alknet_firewall.calibration.readouts`.
+
+    Attributes
+    ----------
+    vectors : ndarray
+        Float32 ``(n_readouts, n_blocks, hidden_size)``: one for each fold, which has not seen it,
+        and last the one that has seen all; or that one alone.
+    """
+
+    vectors: npt.NDArray[np.float32]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the vectors."""
+        return hashlib.sha256(self.vectors.astype("<f4").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +53,29 @@ class Layout:
     stride: int = 4
     segment_tokens: int = 1024
     segment_overlap: int = 256
-    # A token that is read after every so many others of a piece and at its end: it gathers what has
-    # been said up to there.
-    closing: int | None = None
+    # A token, or what was learned, that is read after every so many tokens of a piece and at its
+    # end: it gathers what has been said up to there.
+    closing: int | Learned | None = None
     closing_every: int = 64
 
+    @property
+    def closers(self) -> list[Any]:
+        """What is read at each place, as `_core.Reader.window_means` takes it."""
+        match self.closing:
+            case None:
+                return []
+            case Learned(vectors):
+                return list(vectors)
+            case token:
+                return [token]
+
+    def settings(self) -> dict[str, Any]:
+        """What tells it from other layouts, as JSON has it."""
+        closing = self.closing.sha256 if isinstance(self.closing, Learned) else self.closing
+        return asdict(replace(self, closing=None)) | {"closing": closing}
+
     def n_closings(self, n_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """How often the closing token is read in pieces of so many tokens."""
+        """At how many places of pieces of so many tokens something closes them."""
         if self.closing is None:
             return np.zeros_like(n_tokens)
         return -(-n_tokens // self.closing_every)
@@ -47,7 +83,7 @@ class Layout:
     def closed_by(
         self, starts: npt.NDArray[np.int64], n_tokens: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
-        """Which closing token, counted over all texts, is the first after each window.
+        """Which place, counted over all texts, is the first after each window.
 
         Parameters
         ----------
@@ -77,7 +113,8 @@ class WindowStore:
     n_tokens : ndarray
         Int64 ``(n_texts,)``.
     closing : ndarray, optional
-        Float16 ``(n_closings, n_sites * hidden_size)``: the closing tokens, text by text.
+        Float16 ``(n_places, n_readouts, n_sites * hidden_size)``: what closes the texts, text by
+        text.
     closed_by : ndarray, optional
         Int64 ``(n_windows,)``: the row of ``closing`` that is the first after each window.
     """
@@ -119,7 +156,7 @@ def read_windows(
     """
     # The name of the engine without its instruction set and threads: they round alike.
     arithmetic = reader.engine.split()[0]
-    settings = json.dumps([key, arithmetic, "unit rms", asdict(layout)], sort_keys=True)
+    settings = json.dumps([key, arithmetic, "unit rms", layout.settings()], sort_keys=True)
     name = hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder = cache / name
     # Rows of two processes at once would lie over each other, and texts get those of others.
@@ -152,7 +189,7 @@ def _read_into(
             window=layout.window,
             stride=layout.stride,
             max_tokens=layout.segment_tokens,
-            closing=None if layout.closing is None else (layout.closing, layout.closing_every),
+            closing=(layout.closers, layout.closing_every) if layout.closers else None,
         )
         tokens = [min(reader.count_tokens(text), layout.segment_tokens) for _, text in batch]
         index.append([digest for digest, _ in batch], means, tokens)
@@ -210,18 +247,20 @@ class _Index:
             journal.writelines(lines)
 
     def store(self, digests: list[str], layout: Layout) -> WindowStore:
-        """The rows of some texts; the last ones of each are those of the closing token, if any."""
+        """The rows of some texts; the last ones of each are those of what closes it, if any."""
         shape = (self._rows, self._width)
         data = np.memmap(self._data, dtype="<f2", mode="r", shape=shape)
         entries = [self.entries[digest] for digest in digests]
         first, end, n_tokens = np.array(entries, dtype=np.int64).reshape(-1, 3).T
-        middle = end - layout.n_closings(n_tokens)
+        n_readouts = len(layout.closers)
+        middle = end - layout.n_closings(n_tokens) * n_readouts
         starts = np.concatenate([[0], np.cumsum(middle - first)])
         windows = data[_ranges(first, middle)]
         if layout.closing is None:
             return WindowStore(windows, starts, n_tokens)
         closed_by = layout.closed_by(starts, n_tokens)
-        return WindowStore(windows, starts, n_tokens, data[_ranges(middle, end)], closed_by)
+        closing = data[_ranges(middle, end)].reshape(-1, n_readouts, self._width)
+        return WindowStore(windows, starts, n_tokens, closing, closed_by)
 
 
 def _ranges(first: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from .. import _core
 from ..errors import InputError
-from .activations import Layout
+from .activations import Layout, Learned
 from .corpus import Row, sha256_of
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
 from .evaluate import quality
@@ -75,11 +75,13 @@ def compile_codebook(
     tensors |= _distributions(corpus, z, np.flatnonzero(~corpus.attack))
     tensors |= _novelty_null(corpus, z)
     tensors |= _nulls(corpus, left_out)
+    if isinstance(layout.closing, Learned):
+        tensors["closing"] = layout.closing.vectors[-1]
     directions = [{"name": name, "scored": True} for name in _SCORED[: len(fitted.bias)]]
     directions += [{"name": name, "scored": False} for name in behaviours]
     counts = Counter((row.source, row.kind) for row in corpus.rows)
     metadata = _core.fingerprint(str(detector)) | {
-        "format_version": "3",
+        "format_version": "4",
         "detector": detector.name,
         "library_version": _core.__version__,
         "sites": ",".join(layout.sites),
@@ -87,11 +89,7 @@ def compile_codebook(
         "window": str(layout.window),
         "stride": str(layout.stride),
         "scales": json.dumps(options.scales),
-        "closing": json.dumps(
-            None
-            if layout.closing is None
-            else {"token": layout.closing, "every": layout.closing_every}
-        ),
+        "closing": json.dumps(_closing(layout)),
         "segment_tokens": str(layout.segment_tokens),
         "segment_overlap": str(layout.segment_overlap),
         "length_classes": json.dumps(LENGTH_CLASSES),
@@ -107,6 +105,17 @@ def compile_codebook(
         "quality": json.dumps(quality(corpus, left_out)),
     }
     _write(out, tensors, metadata)
+
+
+def _closing(layout: Layout) -> dict[str, int] | None:
+    """The entry of the metadata; what was learned is a tensor."""
+    match layout.closing:
+        case None:
+            return None
+        case Learned():
+            return {"every": layout.closing_every}
+        case token:
+            return {"token": token, "every": layout.closing_every}
 
 
 def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:

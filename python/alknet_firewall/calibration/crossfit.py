@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-__all__ = ["ORIGINS", "Corpus", "cross_fit", "folds_of"]
+__all__ = ["ORIGINS", "Corpus", "cross_fit", "folds_of", "numbered_folds"]
 
 # Origins that get a null of their own; None is that of texts whose origin is unknown.
 ORIGINS: tuple[str | None, ...] = ("user", "document", None)
@@ -36,6 +37,9 @@ class Corpus:
     rows: Sequence[Row]
     windows: Windows
     n_tokens: Ints
+    # ``(n_places, n_folds, width)``: what closes the texts, by readouts that have not seen a fold;
+    # none where what closes them was not learned.
+    left_out_closing: npt.NDArray[Any] | None = None
 
     @cached_property
     def attack(self) -> Bools:
@@ -61,12 +65,21 @@ class Corpus:
         return Labels(self.attack, groups, documents, foreign, apart)
 
     def scales(self, options: FitOptions) -> list[Windows]:
-        """What the models read: runs at every scale, and the closing token; made once."""
+        """What the models read: runs at every scale, and what closes the texts; made once."""
         return [self._scale(n)[0] for n in self._readings(options)]
 
     def moments(self, options: FitOptions) -> list[dict[Group, Moments]]:
         """Moments of every group in each of `scales`; made once."""
         return [self._scale(n)[1] for n in self._readings(options)]
+
+    def without(self, fold: int) -> Corpus:
+        """The same, read by nothing that was learned from a fold."""
+        if self.left_out_closing is None:
+            return self
+        windows = replace(self.windows, closing=self.left_out_closing[:, fold])
+        corpus = replace(self, windows=windows, left_out_closing=None)
+        corpus._made.update({n: made for n, made in self._made.items() if n != _CLOSING})
+        return corpus
 
     def _readings(self, options: FitOptions) -> list[int]:
         return [*options.scales, *([] if self.windows.closing is None else [_CLOSING])]
@@ -93,7 +106,12 @@ class Corpus:
 
 
 def folds_of(rows: Sequence[Row]) -> list[Bools]:
-    """Rows that are left out together, as masks ``(n_texts,)`` that cover every row once.
+    """Rows that are left out together, as masks ``(n_texts,)`` that cover every row once."""
+    return list(numbered_folds(rows).values())
+
+
+def numbered_folds(rows: Sequence[Row]) -> dict[int, Bools]:
+    """Rows that are left out together, as masks ``(n_texts,)`` that cover every row once, by fold.
 
     Sources are left out whole. The known public ones keep their folds; others are dealt out to them
     in order of name, those with attacks and those without separately, so that every fold has both.
@@ -111,7 +129,7 @@ def folds_of(rows: Sequence[Row]) -> list[Bools]:
     masks = [np.isin(names, fold) for fold in folds]
     third = np.array([_third(row) if is_authored(row.source) else -1 for row in rows])
     masks += [third == part for part in range(_AUTHORED_FOLDS)]
-    return [mask for mask in masks if mask.any()]
+    return {fold: mask for fold, mask in enumerate(masks) if mask.any()}
 
 
 def _third(row: Row) -> int:
@@ -126,10 +144,12 @@ def cross_fit(
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> Array:
     """Largest logit of every text under directions fitted without its fold, ``(n_texts,)``."""
-    folds = folds_of(corpus.rows)
-    scales, moments = corpus.scales(options), corpus.moments(options)
+    folds = numbered_folds(corpus.rows)
+    corpus.moments(options)
     scores = np.full(len(corpus.rows), np.nan)
-    for f, held in enumerate(folds):
+    for done, (fold, held) in enumerate(folds.items()):
+        unseen = corpus.without(fold)
+        scales, moments = unseen.scales(options), unseen.moments(options)
         # The rows of authored groups that are left out must not show in the groups' moments either.
         split = set(corpus.sources[held]) & set(corpus.sources[~held])
         rest = np.flatnonzero(~held & np.isin(corpus.sources, sorted(split)))
@@ -138,7 +158,7 @@ def cross_fit(
             for scale, whole in zip(scales, moments, strict=True)
         ]
         scorer = fit_scorer(scales, corpus.labels, np.flatnonzero(~held), options, own)
-        scores[held] = scorer.largest(corpus.windows, np.flatnonzero(held))
+        scores[held] = scorer.largest(unseen.windows, np.flatnonzero(held))
         if progress:
-            progress("cross-fit", f + 1, len(folds))
+            progress("cross-fit", done + 1, len(folds))
     return scores

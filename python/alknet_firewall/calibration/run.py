@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
 from .. import _core
 from ..authored import calibration_rows
 from ..config import FirewallConfig
@@ -15,14 +17,22 @@ from ..detector import CODEBOOK, MANIFEST, Progress, cache_home, refresh_manifes
 from ..errors import InputError
 from ..evaluation.measure import measure_detector
 from ..firewall import Firewall
-from .activations import Layout, read_windows
+from .activations import Layout, Learned, read_windows
 from .codebook import compile_codebook, recalibrate
 from .corpus import Row, for_other_languages, read_corpora, row_from
 from .crossfit import Corpus
 from .evaluate import evaluate
 from .fit import FitOptions, Windows
+from .readouts import learned_readouts
 
-__all__ = ["calibrate", "calibrate_null", "default_layout", "evaluate_recipe", "load_corpus"]
+__all__ = [
+    "calibrate",
+    "calibrate_null",
+    "default_layout",
+    "evaluate_recipe",
+    "load_corpus",
+    "read_rows",
+]
 
 # Ends the turn that a text is.
 CLOSING = "<|im_end|>"
@@ -30,9 +40,25 @@ CLOSING = "<|im_end|>"
 
 def default_layout(detector: Path) -> Layout:
     """The layout of a codebook for a detector folder's model."""
+    if learned := learned_readouts(_core.fingerprint(str(detector))["weights_sha256"]):
+        return Layout(closing=learned)
     ids = _core.token_ids(str(detector), CLOSING)
     # A tokenizer without that token makes several of it, or none.
     return Layout(closing=ids[0] if len(ids) == 1 else None)
+
+
+def read_rows(
+    paths: Iterable[Path], *, limit: int | None = None, authored: bool = True
+) -> list[Row]:
+    """Rows of corpora, and what the package ships; see `load_corpus`."""
+    rows = read_corpora(paths)
+    if authored:
+        known = {row.text for row in rows}
+        shipped = (row_from(values, "authored") for values in calibration_rows())
+        rows += [row for row in shipped if row is not None and row.text not in known]
+    if limit is not None:
+        return _sample(rows, limit)
+    return rows
 
 
 def load_corpus(
@@ -58,13 +84,7 @@ def load_corpus(
     cache : Path, optional
         Where activations are kept; by default in the user's cache folder.
     """
-    rows = read_corpora(paths)
-    if authored:
-        known = {row.text for row in rows}
-        shipped = (row_from(values, "authored") for values in calibration_rows())
-        rows += [row for row in shipped if row is not None and row.text not in known]
-    if limit is not None:
-        rows = _sample(rows, limit)
+    rows = read_rows(paths, limit=limit, authored=authored)
     if not rows:
         raise InputError("there is no text to calibrate with")
     reader = _core.Reader(str(detector), list(layout.sites), engine=engine)
@@ -79,8 +99,11 @@ def load_corpus(
     readable = store.n_tokens > 0
     if not readable.all():
         raise InputError("a row of the corpus holds no token")
-    windows = Windows(store.data, store.starts, store.closing, store.closed_by)
-    return Corpus(rows, windows, store.n_tokens)
+    if store.closing is None:
+        return Corpus(rows, Windows(store.data, store.starts), store.n_tokens)
+    windows = Windows(store.data, store.starts, store.closing[:, -1], store.closed_by)
+    left_out = store.closing[:, :-1] if store.closing.shape[1] > 1 else None
+    return Corpus(rows, windows, store.n_tokens, left_out)
 
 
 def calibrate(
@@ -118,7 +141,10 @@ def calibrate_null(
     }
     layout = replace(Layout(), sites=tuple(metadata["sites"].split(",")), **numbers)
     if closing := json.loads(metadata.get("closing", "null")):
-        layout = replace(layout, closing=closing["token"], closing_every=closing["every"])
+        closer = closing.get("token")
+        if closer is None:
+            closer = Learned(load_file(detector / CODEBOOK)["closing"][None])
+        layout = replace(layout, closing=closer, closing_every=closing["every"])
     corpus = load_corpus(
         detector, paths, layout, authored=False, progress=progress, **corpus_options
     )

@@ -6,6 +6,7 @@
 //! | `components` | `[n_components, n_sites · hidden_size]` | C, whitening folded in |
 //! | `cdf_knots`, `cdf_values` | `[n_components, n_knots]` | distribution of each windowed projection in benign text |
 //! | `direction_weights` | `[n_scales (+ 1), n_directions, n_components]` | logistic models on windowed projections: of each scale, the run with the largest mean counts; where there is a closing token, on that last |
+//! | `closing` | `[n_blocks, hidden_size]` | what closes a text, where it was learned: see [`Probe::Learned`] |
 //! | `direction_bias` | `[n_directions]` | their constants |
 //! | `null_knots`, `null_values` | `[n_origins, n_length_classes, n_knots]` | −log₁₀ share of benign texts whose statistic is at least the knot |
 //! | `novelty_knots`, `novelty_values` | `[n_length_classes, n_knots]` | the same for novelty |
@@ -21,7 +22,7 @@ use serde::Deserialize;
 
 use crate::{
     error::{Error, Result},
-    model::{Site, check_sites, config::read_at_most},
+    model::{Probe, Site, TokenId, check_sites, config::read_at_most},
     spline::MonotoneSpline,
     window::Closing,
 };
@@ -29,7 +30,7 @@ use crate::{
 /// Largest codebook file that is read, in bytes. The shipped one has about 100 kB.
 pub const MAX_BYTES: u64 = 64 << 20;
 
-const FORMAT_VERSION: &str = "3";
+const FORMAT_VERSION: &str = "4";
 const MAX_COMPONENTS: usize = 1024;
 const MAX_DIRECTIONS: usize = 256;
 const MAX_SCALES: usize = 16;
@@ -141,11 +142,12 @@ impl Codebook {
 
     /// Checks the bytes of a codebook file.
     ///
-    /// Metadata: `format_version` (3), `detector`, `weights_sha256`, `tokenizer_sha256`,
+    /// Metadata: `format_version` (4), `detector`, `weights_sha256`, `tokenizer_sha256`,
     /// `config_sha256`, `sites` (comma-separated), `hidden_size`, `window`, `stride`, `scales` (JSON list),
     /// `segment_tokens`, `segment_overlap`, `length_classes` (JSON list), `origins` (JSON list
     /// of `"user"`, `"document"` and `null`), `directions` (JSON list of [`DirectionInfo`]) and, if there
-    /// is one, `closing` (JSON of a [`Closing`]). Further entries are kept and not interpreted.
+    /// is one, `closing` (JSON of `every` and, unless there is a tensor of this name, `token`; see [`Closing`]).
+    /// Further entries are kept and not interpreted.
     ///
     /// # Errors
     /// [`Error::Codebook`] saying what was found and what was expected.
@@ -183,15 +185,13 @@ impl Codebook {
         check_rising("scales", &scales, MAX_SCALES)?;
         check_rising("length_classes", &length_classes, 64)?;
         check_lists(&origins, &directions)?;
-        let closing: Option<Closing> = match metadata.0.contains_key("closing") {
-            true => metadata.json("closing")?,
-            false => None,
-        };
-        closing.map_or(Ok(()), |closing| closing.check(window))?;
+        let tensors = Tensors(&file);
+        let n_blocks = sites.iter().map(|site| site.layer + 1).max().unwrap_or(0);
+        let closing = tensors.closing(&metadata, &[n_blocks, hidden_size])?;
+        closing.as_ref().map_or(Ok(()), |closing| closing.check(window))?;
         let readings = scales.len() + usize::from(closing.is_some());
 
         let columns = sites.len() * hidden_size;
-        let tensors = Tensors(&file);
         let n_components = tensors.rows("components", MAX_COMPONENTS)?;
         let components = tensors.read("components", &[n_components, columns])?;
         let cdf_shape = [n_components, tensors.columns("cdf_knots", MAX_KNOTS)?];
@@ -262,7 +262,7 @@ impl Codebook {
     }
 
     /// What mean projections `z`, `[n_components]`, add to the log-odds of every direction, as those of
-    /// runs of every scale and as that of the closing token: `[n_scales (+ 1), n_directions]`.
+    /// runs of every scale and as that of what closes the text: `[n_scales (+ 1), n_directions]`.
     pub fn terms(&self, z: &[f32]) -> Vec<f64> {
         let dot = |weights: &[f32]| -> f64 {
             weights.iter().zip(z).map(|(w, z)| f64::from(*w) * f64::from(*z)).sum()
@@ -408,6 +408,32 @@ impl Tensors<'_> {
             Some(i) => Err(format!("{name:?} holds {} at index {i}", numbers[i])),
             None => Ok(numbers),
         }
+    }
+
+    /// What closes a text, if anything does: a token, or vectors of this shape.
+    fn closing(
+        &self,
+        metadata: &Metadata,
+        shape: &[usize],
+    ) -> std::result::Result<Option<Closing>, String> {
+        /// The entry of the metadata.
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Entry {
+            every: usize,
+            token: Option<TokenId>,
+        }
+
+        if !metadata.0.contains_key("closing") {
+            return Ok(None);
+        }
+        let entry: Option<Entry> = metadata.json("closing")?;
+        let Some(Entry { every, token }) = entry else { return Ok(None) };
+        let probe = match token {
+            Some(token) => Probe::Token(token),
+            None => Probe::Learned(self.read("closing", shape)?),
+        };
+        Ok(Some(Closing { probes: vec![probe], every }))
     }
 
     /// One spline per row of `{name}_knots` and `{name}_values`.

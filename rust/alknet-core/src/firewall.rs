@@ -14,7 +14,7 @@ use crate::{
     batcher::Batcher,
     codebook::{Codebook, DirectionInfo, Fingerprint, Origin},
     error::{Error, Result},
-    model::{Backend, TokenId, config::read_json, weights::Weights},
+    model::{Backend, Probe, TokenId, config::read_json, weights::Weights},
     normalize::{self, HiddenText, View, ViewKind},
     project::{Projections, Projector},
     reader::{Reader, ReaderOptions, n_rows, passes, segments},
@@ -128,11 +128,21 @@ impl Firewall {
                 reader.max_tokens()
             )));
         }
-        if let Some(closing) = codebook.closing.filter(|own| !reader.tokenizer().has(own.token)) {
-            return Err(Error::Codebook(format!(
-                "closing token {} is not one of the tokenizer's",
-                closing.token
-            )));
+        for probe in codebook.closing.iter().flat_map(|closing| &closing.probes) {
+            match probe {
+                Probe::Token(token) if !reader.tokenizer().has(*token) => {
+                    return Err(Error::Codebook(format!(
+                        "closing token {token} is not one of the tokenizer's"
+                    )));
+                }
+                Probe::Learned(_) if !backend.reads_learned() => {
+                    return Err(Error::Codebook(format!(
+                        "what closes its texts was learned, and {} reads tokens only: compile a codebook for it",
+                        backend.name()
+                    )));
+                }
+                _ => {}
+            }
         }
         let Thresholds { suspicious, dangerous } = options.thresholds;
         if options.max_tokens == Some(0) {

@@ -125,7 +125,7 @@ impl Reader {
         &self,
         cache: &mut KvCache,
         input_ids: &[TokenId],
-        readouts: &[Readout],
+        readouts: &[Readout<'_>],
         sink: &dyn Sink,
     ) -> Result<()> {
         self.backend.forward(&mut [Sequence { input_ids, readouts, cache }], sink)

@@ -58,7 +58,7 @@ pub fn frames(
     let k = codebook.n_components();
     let n_tokens = projections.len() / k;
     let class = codebook.length_class(n_tokens);
-    let n_closings = codebook.closing.map_or(0, |closing| closing.count(n_tokens));
+    let n_closings = codebook.closing.as_ref().map_or(0, |closing| closing.count(n_tokens));
     if closings.len() != n_closings * k {
         return Err(Error::Inference(format!(
             "{} closing tokens of {n_closings} were read: the text was not screened",
@@ -76,7 +76,7 @@ pub fn frames(
     let len = codebook.scales.last().map_or(1, |frame| (*frame).min(windows.len()).max(1));
     let score = |windows: &[Window]| {
         let end = windows.last().map_or(n_tokens, |window| window.tokens.end);
-        let closing = codebook.closing.map_or(0, |closing| closing.after(end));
+        let closing = codebook.closing.as_ref().map_or(0, |closing| closing.after(end));
         score(codebook, class, &constants[closing], windows)
     };
     windows.windows(len).map(score).collect()

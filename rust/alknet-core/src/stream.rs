@@ -275,7 +275,7 @@ impl Stream {
         segment.frames = score::frames(codebook, &segment.projections, &segment.closings)?;
         segment.tokens.end = end;
         // What closes the segment now stands elsewhere when more has arrived.
-        let stay = closing.map_or(0, |closing| within.end / closing.every);
+        let stay = closing.map_or(0, |closing| closing.staying(within.end));
         segment.closings.truncate(stay * codebook.n_components());
         Ok(())
     }

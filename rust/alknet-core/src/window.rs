@@ -2,18 +2,15 @@
 
 use std::ops::Range;
 
-use serde::Deserialize;
+use crate::model::{Probe, Readout};
 
-use crate::model::{Readout, TokenId};
-
-/// A token that is read after every so many tokens of a piece, and after the last: it gathers what has been said
+/// What is read after every so many tokens of a piece, and after the last: it gathers what has been said
 /// up to there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Closing {
-    /// The token.
-    pub token: TokenId,
-    /// Most tokens from one reading of it to the next.
+    /// What is read, one after the other at every place.
+    pub probes: Vec<Probe>,
+    /// Most tokens from one place to the next.
     pub every: usize,
 }
 
@@ -32,21 +29,33 @@ impl Closing {
         Ok(())
     }
 
-    /// How often it is read in a piece of `n_tokens`.
-    pub fn count(&self, n_tokens: usize) -> usize {
+    /// The number of places in a piece of `n_tokens`.
+    fn places(&self, n_tokens: usize) -> usize {
         n_tokens.div_ceil(self.every)
     }
 
-    /// Which reading of it is the first one that sees the `end` first tokens, at least one.
+    /// How many readouts there are in a piece of `n_tokens`.
+    pub fn count(&self, n_tokens: usize) -> usize {
+        self.places(n_tokens) * self.probes.len()
+    }
+
+    /// Which place is the first one that sees the `end` first tokens, at least one.
     pub fn after(&self, end: usize) -> usize {
         end.div_ceil(self.every) - 1
     }
 
-    /// Where it is read among tokens `new` of a piece, if they are the last ones.
-    pub fn readouts(&self, new: Range<usize>) -> Vec<Readout> {
-        let multiples = (new.start / self.every + 1..self.count(new.end)).map(|i| i * self.every);
+    /// How many readouts stay where they are, whatever follows the `end` first tokens.
+    pub fn staying(&self, end: usize) -> usize {
+        end / self.every * self.probes.len()
+    }
+
+    /// What is read among tokens `new` of a piece, if they are the last ones.
+    pub fn readouts(&self, new: Range<usize>) -> Vec<Readout<'_>> {
+        let multiples = (new.start / self.every + 1..self.places(new.end)).map(|i| i * self.every);
         let places = multiples.chain((!new.is_empty()).then_some(new.end));
-        places.map(|end| Readout { after: end - new.start, token: self.token }).collect()
+        let at =
+            |end| self.probes.iter().map(move |probe| Readout { after: end - new.start, probe });
+        places.flat_map(at).collect()
     }
 }
 
@@ -79,7 +88,7 @@ mod tests {
 
     #[test]
     fn a_piece_is_closed_at_regular_places_and_at_its_end() {
-        let closing = Closing { token: 2, every: 10 };
+        let closing = Closing { probes: vec![Probe::Token(2)], every: 10 };
         let places = |new: Range<usize>| -> Vec<usize> {
             let start = new.start;
             closing.readouts(new).iter().map(|readout| start + readout.after).collect()
@@ -106,13 +115,13 @@ mod tests {
     proptest! {
         #[test]
         fn a_piece_is_closed_as_often_however_it_arrives(n in 1usize..300, every in 1usize..40, cut in 0usize..300) {
-            let closing = Closing { token: 2, every };
+            let closing = Closing { probes: vec![Probe::Token(2), Probe::Token(3)], every };
             let whole = closing.readouts(0..n);
             prop_assert_eq!(whole.len(), closing.count(n));
             let cut = cut.min(n - 1);
             // Of what closed the first part, all but a last one out of its place stays.
             let mut parts = closing.readouts(0..cut);
-            parts.truncate(cut / every);
+            parts.truncate(closing.staying(cut));
             let rest = closing.readouts(cut..n).into_iter();
             parts.extend(rest.map(|readout| Readout { after: readout.after + cut, ..readout }));
             prop_assert_eq!(parts, whole);

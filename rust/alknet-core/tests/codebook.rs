@@ -8,10 +8,13 @@ use std::fs::File;
 use alknet_core::{
     Codebook, Error, Origin,
     codebook::{Fingerprint, MAX_BYTES},
+    model::Probe,
     score,
     window::Closing,
 };
-use codebook_file::{CodebookFile, GAIN, N_COMPONENTS, SEGMENT_TOKENS, Tensor, WINDOW};
+use codebook_file::{
+    CodebookFile, GAIN, HIDDEN_SIZE, N_BLOCKS, N_COMPONENTS, SEGMENT_TOKENS, Tensor, WINDOW,
+};
 use proptest::prelude::*;
 
 /// Why a file is refused, which must be as a codebook.
@@ -51,7 +54,7 @@ fn set_tensor(name: &str, tensor: Tensor) -> String {
 fn assert_usable(codebook: &Codebook) {
     for level in [0.0, 1.0, -1e3, 1e30] {
         let projections = vec![level; 40 * codebook.n_components()];
-        let n_closings = codebook.closing.map_or(0, |closing| closing.count(40));
+        let n_closings = codebook.closing.as_ref().map_or(0, |closing| closing.count(40));
         let closings = vec![level; n_closings * codebook.n_components()];
         let Ok(frames) = score::frames(codebook, &projections, &closings) else { continue };
         for frame in frames {
@@ -109,7 +112,7 @@ fn a_frame_counts_by_its_largest_run_of_every_scale() {
 fn a_frame_counts_with_the_first_closing_token_after_it() {
     let file = CodebookFile::valid().closed(5, 5);
     let codebook = Codebook::from_bytes(&file.to_bytes()).unwrap();
-    assert_eq!(codebook.closing, Some(Closing { token: 5, every: 5 }));
+    assert_eq!(codebook.closing, Some(Closing { probes: vec![Probe::Token(5)], every: 5 }));
     // Of seven tokens the windows end after four, six and seven.
     let tokens = [1.0, 0.0, 0.0].repeat(7);
     let mut closings = [30.0, 0.0, 0.0, -10.0, 0.0, 0.0];
@@ -124,6 +127,20 @@ fn a_frame_counts_with_the_first_closing_token_after_it() {
     assert!(missing.contains("1 closing tokens of 2"), "{missing}");
     closings[3] = f32::NAN;
     assert!(matches!(score::frames(&codebook, &tokens, &closings), Err(Error::Inference(_))));
+}
+
+#[test]
+fn what_closes_a_text_is_a_token_or_a_vector_for_every_block() {
+    let file = CodebookFile::valid().closed_by_learned(N_BLOCKS, 8);
+    let codebook = Codebook::from_bytes(&file.to_bytes()).unwrap();
+    let probes = vec![Probe::Learned(vec![1.0; N_BLOCKS * HIDDEN_SIZE])];
+    assert_eq!(codebook.closing, Some(Closing { probes, every: 8 }));
+    let file = CodebookFile::valid().closed_by_learned(N_BLOCKS + 1, 8);
+    let expected = format!("expected F32 [{N_BLOCKS}, {HIDDEN_SIZE}]");
+    assert!(refusal(&file.to_bytes()).contains(&expected));
+    let mut file = CodebookFile::valid().closed_by_learned(N_BLOCKS, 8);
+    file.tensors.remove("closing");
+    assert!(refusal(&file.to_bytes()).contains("no tensor \"closing\""));
 }
 
 #[test]
@@ -320,7 +337,7 @@ fn every_metadata_entry_is_needed() {
 #[test]
 fn metadata_out_of_range_are_refused() {
     let cases = [
-        ("format_version", vec!["1", "2", "", "3 "]),
+        ("format_version", vec!["2", "3", "", "4 "]),
         ("hidden_size", vec!["0", "-4", "4.0", "", "5"]),
         ("window", vec!["0", "4097", "four"]),
         ("stride", vec!["0", "5"]),

@@ -20,7 +20,7 @@ use alknet_core::{
     stream::{MAX_PENDING, SEARCH_BYTES},
     tokenize::Tokenizer,
 };
-use codebook_file::{CodebookFile, SEGMENT_TOKENS};
+use codebook_file::{CodebookFile, N_BLOCKS, SEGMENT_TOKENS};
 use proptest::prelude::*;
 use synthetic::Synthetic;
 
@@ -443,6 +443,13 @@ fn closing_tokens_of_another_vocabulary_make_no_firewall() {
     let codebook = CodebookFile::valid().closed(1 << 20, 5);
     let made = assemble_with(&codebook, Synthetic::new(loudness), &FirewallOptions::default());
     assert!(matches!(made, Err(Error::Codebook(message)) if message.contains("1048576")));
+}
+
+#[test]
+fn what_was_learned_makes_no_firewall_on_an_engine_that_reads_tokens_only() {
+    let codebook = CodebookFile::valid().closed_by_learned(N_BLOCKS, 8);
+    let made = assemble_with(&codebook, Synthetic::new(loudness), &FirewallOptions::default());
+    assert!(matches!(made, Err(Error::Codebook(message)) if message.contains("tokens only")));
 }
 
 #[test]

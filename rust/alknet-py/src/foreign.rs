@@ -2,7 +2,7 @@
 
 use alknet_core::{
     Error, Result,
-    model::{Backend, KvCache, Readout, Sequence, Sink, Site, TokenId},
+    model::{Backend, KvCache, Probe, Sequence, Sink, Site, TokenId},
 };
 use numpy::{PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
@@ -103,6 +103,10 @@ impl Backend for ForeignBackend {
         &self.sites
     }
 
+    fn reads_learned(&self) -> bool {
+        false
+    }
+
     fn new_cache(&self) -> KvCache {
         KvCache::new(0)
     }
@@ -111,8 +115,13 @@ impl Backend for ForeignBackend {
         for (index, sequence) in batch.iter_mut().enumerate() {
             let first = sequence.cache.len();
             sequence.cache.input_ids.extend_from_slice(sequence.input_ids);
-            let place = |readout: &Readout| (first + readout.after, readout.token);
-            let readouts: Vec<_> = sequence.readouts.iter().map(place).collect();
+            let mut readouts = Vec::with_capacity(sequence.readouts.len());
+            for readout in sequence.readouts {
+                let Probe::Token(token) = readout.probe else {
+                    return Err(Error::Inference(format!("{} reads tokens only", self.name)));
+                };
+                readouts.push((first + readout.after, *token));
+            }
             self.run(&sequence.cache.input_ids, &readouts, first, index, sink)?;
         }
         Ok(())

@@ -5,14 +5,30 @@ use std::path::PathBuf;
 use alknet_core::{
     self as core, Engine, ReaderOptions,
     capture::Activations,
-    model::{Site, TokenId},
+    model::{Probe, Site, TokenId},
     reader::WindowLayout,
     window::Closing,
 };
-use numpy::{PyArray1, PyArrayMethods};
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray2};
 use pyo3::{prelude::*, types::PyString};
 
 use crate::boundary::{enter_core, exception, utf8};
+
+/// What closes a text: a token id, or a float32 array `[n_blocks, hidden_size]`.
+#[derive(FromPyObject)]
+enum Closer<'py> {
+    Token(TokenId),
+    Learned(PyReadonlyArray2<'py, f32>),
+}
+
+impl Closer<'_> {
+    fn probe(&self) -> Probe {
+        match self {
+            Self::Token(token) => Probe::Token(*token),
+            Self::Learned(vectors) => Probe::Learned(vectors.as_array().iter().copied().collect()),
+        }
+    }
+}
 
 /// Tokenizer and engine of a detector.
 #[pyclass(frozen, module = "alknet_firewall._core")]
@@ -53,11 +69,14 @@ impl Reader {
         window: usize,
         stride: usize,
         max_tokens: usize,
-        closing: Option<(TokenId, usize)>,
+        closing: Option<(Vec<Closer<'py>>, usize)>,
     ) -> PyResult<Vec<Bound<'py, PyAny>>> {
         let texts = texts.iter().map(utf8).collect::<PyResult<Vec<_>>>()?;
         let layout = WindowLayout { window, stride, max_tokens };
-        let closing = closing.map(|(token, every)| Closing { token, every });
+        let closing = closing.map(|(closers, every)| Closing {
+            probes: closers.iter().map(Closer::probe).collect(),
+            every,
+        });
         let means = enter_core(py, || {
             let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
             self.0.window_means(&texts, &layout, closing.as_ref())

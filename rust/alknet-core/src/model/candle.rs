@@ -29,7 +29,7 @@ use rayon::{
 };
 
 use super::{
-    Backend, KvCache, LayerCache, LlamaConfig, Sequence, Sink, Site, SiteKind,
+    Backend, Input, KvCache, LayerCache, LlamaConfig, Readout, Sequence, Sink, Site, SiteKind,
     config::RotaryFrequencies,
     num_layers,
     weights::{TensorInfo, Weights},
@@ -126,14 +126,42 @@ impl CandleBackend {
 
     /// Residual stream before the first block, `[n, hidden_size]`.
     fn embed(&self, batch: &[Sequence<'_>]) -> Result<Tensor> {
-        let ids = || batch.iter().flat_map(Sequence::ids);
-        let (n, hidden) = (ids().count(), self.config.hidden_size);
+        let hidden = self.config.hidden_size;
+        let inputs: Vec<_> = batch.iter().flat_map(|sequence| sequence.inputs(hidden)).collect();
+        let n = inputs.len();
         let mut rows = vec![0.0; n * hidden];
-        for (id, row) in ids().zip(rows.chunks_exact_mut(hidden)) {
-            let id = id as usize;
-            self.weights.widen_rows(&self.embedding, id..id + 1, row)?;
+        for (input, row) in inputs.into_iter().zip(rows.chunks_exact_mut(hidden)) {
+            match input {
+                Input::Token(id) => {
+                    let id = id as usize;
+                    self.weights.widen_rows(&self.embedding, id..id + 1, row)?;
+                }
+                Input::Vector(vector) => row.copy_from_slice(vector),
+            }
         }
         Ok(Tensor::from_vec(rows, (n, hidden), &Device::Cpu)?)
+    }
+
+    /// What is added to the residual stream before block `layer`, `[n, hidden_size]`, if anything is.
+    fn steering(&self, batch: &[Sequence<'_>], layer: usize) -> Result<Option<Tensor>> {
+        let hidden = self.config.hidden_size;
+        let mut readouts = batch.iter().flat_map(|sequence| sequence.readouts);
+        let steered = |Readout { probe, .. }: &Readout<'_>| probe.steering(layer, hidden).is_some();
+        if layer == 0 || !readouts.any(steered) {
+            return Ok(None);
+        }
+        let mut rows = Vec::new();
+        for Sequence { input_ids, readouts, .. } in batch {
+            rows.resize(rows.len() + input_ids.len() * hidden, 0.0);
+            for Readout { probe, .. } in *readouts {
+                match probe.steering(layer, hidden) {
+                    Some(vector) => rows.extend_from_slice(vector),
+                    None => rows.resize(rows.len() + hidden, 0.0),
+                }
+            }
+        }
+        let n = rows.len() / hidden;
+        Ok(Some(Tensor::from_vec(rows, (n, hidden), &Device::Cpu)?))
     }
 
     /// Where the sequences lie in the batch.
@@ -393,11 +421,15 @@ impl Backend for CandleBackend {
         let segments = self.segments(batch)?;
         let mut x = self.embed(batch)?;
         for layer in 0..self.blocks.len() {
+            let steering = self.steering(batch, layer)?;
             let mut caches: Vec<_> = batch
                 .iter_mut()
                 .filter(|sequence| sequence.n_rows() > 0)
                 .map(|sequence| &mut sequence.cache.layers[layer])
                 .collect();
+            if let Some(steering) = steering {
+                x = add(&x, &steering)?;
+            }
             let output = self.pool.run(|| self.block(layer, &x, &segments, &mut caches))??;
             self.hand_over(layer, &output, batch, sink)?;
             x = output.resid_post;

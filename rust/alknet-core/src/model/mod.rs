@@ -76,21 +76,58 @@ pub struct Sequence<'a> {
     /// Tokens to read now, after the `cache.len()` tokens that the cache holds.
     pub input_ids: &'a [TokenId],
     /// In the order of their places.
-    pub readouts: &'a [Readout],
+    pub readouts: &'a [Readout<'a>],
     /// Grows by `input_ids.len()` positions.
     pub cache: &'a mut KvCache,
 }
 
-/// A token that is read beside a sequence, to find out what has been said up to there.
+/// What is read beside a sequence, to find out what has been said up to there.
 ///
 /// It stands where the next token does and sees what is before it, but not itself, and nothing sees it: whatever
 /// readouts there are, the tokens read the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Readout {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Readout<'a> {
     /// How many of the sequence's new tokens are before it.
     pub after: usize,
-    /// The token.
-    pub token: TokenId,
+    /// What is read there.
+    pub probe: &'a Probe,
+}
+
+/// What a readout is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Probe {
+    /// A token.
+    Token(TokenId),
+    /// Vectors that were learned for it, `[n_blocks, hidden_size]`: each is added to its residual stream, which begins
+    /// with zeros, before a block (deep prompts, Li & Liang 2021, of one position).
+    Learned(Vec<f32>),
+}
+
+/// What the residual stream of a row begins with.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Input<'a> {
+    /// The embedding of a token.
+    Token(TokenId),
+    /// Numbers, `[hidden_size]`.
+    Vector(&'a [f32]),
+}
+
+impl Probe {
+    /// What its residual stream begins with.
+    fn input(&self, hidden_size: usize) -> Input<'_> {
+        match self {
+            Self::Token(id) => Input::Token(*id),
+            Self::Learned(vectors) => Input::Vector(&vectors[..hidden_size]),
+        }
+    }
+
+    /// What is added before block `layer`, which is not the first, if anything is.
+    fn steering(&self, layer: usize, hidden_size: usize) -> Option<&[f32]> {
+        match self {
+            Self::Token(_) => None,
+            Self::Learned(vectors) => Some(&vectors[layer * hidden_size..][..hidden_size]),
+        }
+    }
 }
 
 impl<'a> Sequence<'a> {
@@ -100,11 +137,12 @@ impl<'a> Sequence<'a> {
     }
 
     /// What gives a row of activations each: its tokens, then its readouts.
-    pub fn ids(&self) -> impl Iterator<Item = TokenId> {
-        self.input_ids.iter().copied().chain(self.readouts.iter().map(|readout| readout.token))
+    pub fn inputs(&self, hidden_size: usize) -> impl Iterator<Item = Input<'a>> + use<'a> {
+        let readouts = self.readouts.iter().map(move |readout| readout.probe.input(hidden_size));
+        self.input_ids.iter().map(|&id| Input::Token(id)).chain(readouts)
     }
 
-    /// Number of [`Sequence::ids`].
+    /// Number of [`Sequence::inputs`].
     pub fn n_rows(&self) -> usize {
         self.input_ids.len() + self.readouts.len()
     }
@@ -123,12 +161,26 @@ impl<'a> Sequence<'a> {
                 past + new
             )));
         }
-        if let Some(id) = self.ids().find(|&id| id as usize >= vocab_size) {
+        let hidden = config.hidden_size;
+        for Readout { probe, .. } in self.readouts {
+            match probe {
+                Probe::Learned(vectors) if vectors.len() != num_layers * hidden => {
+                    return Err(Error::Input(format!(
+                        "a learned readout of {} numbers; {num_layers} blocks take {hidden} each",
+                        vectors.len()
+                    )));
+                }
+                _ => {}
+            }
+        }
+        let unknown =
+            |input: &Input<'_>| matches!(input, Input::Token(id) if *id as usize >= vocab_size);
+        if let Some(Input::Token(id)) = self.inputs(hidden).find(unknown) {
             return Err(Error::Input(format!(
                 "token id {id} is outside the vocabulary of {vocab_size}"
             )));
         }
-        let misplaced = |readout: &&Readout| readout.after > new || past + readout.after == 0;
+        let misplaced = |readout: &&Readout<'_>| readout.after > new || past + readout.after == 0;
         if let Some(readout) = self.readouts.iter().find(misplaced) {
             return Err(Error::Input(format!(
                 "a readout after {} tokens, of {past} and {new}: it has to stand after one of them",
@@ -207,6 +259,11 @@ pub trait Backend: Send + Sync {
     /// How many passes it makes at the same time before callers wait for each other.
     fn passes_at_once(&self) -> usize {
         usize::MAX
+    }
+
+    /// Whether it reads [`Probe::Learned`].
+    fn reads_learned(&self) -> bool {
+        true
     }
 
     /// Cache of a sequence that has read nothing yet.

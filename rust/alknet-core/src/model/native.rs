@@ -30,7 +30,7 @@ use alknet_kernels::{
 };
 
 use super::{
-    Backend, KvCache, LlamaConfig, Sequence, Sink, Site, SiteKind,
+    Backend, Input, KvCache, LlamaConfig, Probe, Readout, Sequence, Sink, Site, SiteKind,
     cache::SpareLayers,
     config::RotaryFrequencies,
     num_layers,
@@ -94,14 +94,14 @@ struct Workspace {
 }
 
 /// Rows of a chunk that are taken through the blocks by themselves.
-struct Part {
-    pieces: Vec<Piece>,
+struct Part<'a> {
+    pieces: Vec<Piece<'a>>,
     work: Workspace,
 }
 
-/// Consecutive tokens of a sequence that are in a part, or readouts as far from each other.
+/// Consecutive tokens of a sequence that are in a part, or readouts of one probe as far from each other.
 #[derive(Debug, Clone, PartialEq)]
-struct Piece {
+struct Piece<'a> {
     /// Index in the batch.
     sequence: usize,
     /// Rows of the sequence: of its new `input_ids`, then of its readouts.
@@ -112,11 +112,11 @@ struct Piece {
     first: usize,
     /// From the position of each to that of the next.
     step: usize,
-    /// Whether they are readouts, which leave no keys and values.
-    readout: bool,
+    /// Whose readouts they are, which leave no keys and values.
+    probe: Option<&'a Probe>,
 }
 
-impl Piece {
+impl<'a> Piece<'a> {
     fn positions(&self) -> impl Iterator<Item = usize> + use<> {
         let Self { first, step, .. } = *self;
         (0..self.rows.len()).map(move |row| first + row * step)
@@ -124,14 +124,15 @@ impl Piece {
 
     /// The last position that the first row sees.
     fn sees(&self) -> usize {
-        self.first - usize::from(self.readout)
+        self.first - usize::from(self.probe.is_some())
     }
 
     /// Adds the readout after these if it is as far from the last as they are from each other.
-    fn take(&mut self, sequence: usize, position: usize) -> bool {
+    fn take(&mut self, sequence: usize, position: usize, probe: &'a Probe) -> bool {
         let last = self.first + (self.rows.len() - 1) * self.step;
         let fits = self.rows.len() == 1 || position == last + self.step;
-        if !self.readout || self.sequence != sequence || !fits {
+        let same = self.probe.is_some_and(|own| std::ptr::eq(own, probe));
+        if !same || self.sequence != sequence || !fits {
             return false;
         }
         self.step = position - last;
@@ -142,8 +143,8 @@ impl Piece {
 
 /// What a part does between two waits: the rest of one block, which reads keys and values of all
 /// parts, and the beginning of the next, which writes its own.
-struct Step<'a> {
-    part: &'a mut Part,
+struct Step<'a, 'b> {
+    part: &'a mut Part<'b>,
     segments: Vec<Segment<'a>>,
     extensions: Vec<Extension<'a>>,
 }
@@ -199,7 +200,7 @@ impl NativeBackend {
     fn chunk(
         &self,
         pass: &Pass,
-        parts: &mut [Part],
+        parts: &mut [Part<'_>],
         batch: &mut [Sequence<'_>],
         sink: &dyn Sink,
     ) -> Result<()> {
@@ -216,6 +217,7 @@ impl NativeBackend {
                         self.hand_over(pieces, work, layer, sink)?;
                     }
                     if layer < self.blocks.len() {
+                        self.steer(pieces, work, layer);
                         self.begin_block(pass, work, &mut step.extensions, layer);
                     }
                     Ok(())
@@ -223,7 +225,7 @@ impl NativeBackend {
             )?;
         }
         let pieces = parts.iter().flat_map(|part| &part.pieces);
-        let mut pieces: Vec<_> = pieces.filter(|piece| !piece.readout).collect();
+        let mut pieces: Vec<_> = pieces.filter(|piece| piece.probe.is_none()).collect();
         pieces.sort_by_key(|piece| (piece.sequence, piece.first));
         for piece in pieces {
             let sequence = &mut batch[piece.sequence];
@@ -237,7 +239,7 @@ impl NativeBackend {
     fn embed(
         &self,
         pass: &Pass,
-        pieces: &[Piece],
+        pieces: &[Piece<'_>],
         work: &mut Workspace,
         batch: &[Sequence<'_>],
     ) -> Result<()> {
@@ -245,16 +247,25 @@ impl NativeBackend {
         let rows = pieces.last().map_or(0, |piece| piece.rows.end);
         work.x.resize(rows * hidden, 0.0);
         work.angles.resize(rows * dim, 0.0);
-        let (mut ids, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+        let (mut inputs, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
         for piece in pieces {
-            let own = batch[piece.sequence].ids().skip(piece.tokens.start);
-            ids.extend(own.take(piece.rows.len()));
+            let own = batch[piece.sequence].inputs(hidden).skip(piece.tokens.start);
+            inputs.extend(own.take(piece.rows.len()));
             positions.extend(piece.positions());
         }
         let widened = Mutex::new(Ok(()));
         pass.for_each_rows(&mut work.x, hidden, |row, x| {
-            let id = ids[row] as usize;
-            if let Err(error) = self.weights.widen_rows(&self.embedding, id..id + 1, x) {
+            let result = match inputs[row] {
+                Input::Token(id) => {
+                    let id = id as usize;
+                    self.weights.widen_rows(&self.embedding, id..id + 1, x)
+                }
+                Input::Vector(vector) => {
+                    x.copy_from_slice(vector);
+                    Ok(())
+                }
+            };
+            if let Err(error) = result {
                 *widened.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
             }
         });
@@ -270,24 +281,25 @@ impl NativeBackend {
     }
 
     /// The parts with what they read of block `layer - 1` and write of block `layer`, each if there is one.
-    fn steps<'a>(
+    fn steps<'a, 'b>(
         &self,
         pass: &Pass,
-        parts: &'a mut [Part],
+        parts: &'a mut [Part<'b>],
         batch: &'a mut [Sequence<'_>],
         layer: usize,
-    ) -> Vec<Step<'a>> {
+    ) -> Vec<Step<'a, 'b>> {
         let step = |part| Step { part, segments: Vec::new(), extensions: Vec::new() };
         let mut steps: Vec<_> = parts.iter_mut().map(step).collect();
         for (index, sequence) in batch.iter_mut().enumerate() {
             // Places are given out in the order of positions.
-            let pieces = |(i, step): (usize, &Step<'_>)| {
+            let pieces = |(i, step): (usize, &Step<'_, 'b>)| {
                 let own = step.part.pieces.iter().filter(|piece| piece.sequence == index);
                 own.map(|piece| (i, piece.clone())).collect::<Vec<_>>()
             };
             let mut pieces: Vec<_> = steps.iter().enumerate().flat_map(pieces).collect();
             pieces.sort_by_key(|(_, piece)| piece.first);
-            let tokens = || pieces.iter().map(|(_, piece)| piece).filter(|piece| !piece.readout);
+            let tokens =
+                || pieces.iter().map(|(_, piece)| piece).filter(|piece| piece.probe.is_none());
             let new = tokens().map(|piece| piece.rows.len()).sum();
             let read_before = tokens().next().map_or(0, |first| first.tokens.start);
             let expected = sequence.input_ids.len() - read_before;
@@ -298,7 +310,7 @@ impl NativeBackend {
                 let Step { segments, extensions, .. } = &mut steps[i];
                 let (rows, first, step) = (piece.rows.clone(), piece.sees(), piece.step);
                 segments.extend(read.last().map(|cache| Segment { rows, first, step, cache }));
-                let places = places.as_mut().filter(|_| !piece.readout);
+                let places = places.as_mut().filter(|_| piece.probe.is_none());
                 extensions.extend(places.map(|places| Extension {
                     places: places.take(piece.rows.len()),
                     rows: piece.rows,
@@ -306,6 +318,19 @@ impl NativeBackend {
             }
         }
         steps
+    }
+
+    /// Adds what steers readouts on their way into block `layer`; into the first one they come with it.
+    fn steer(&self, pieces: &[Piece<'_>], work: &mut Workspace, layer: usize) {
+        let hidden = self.config.hidden_size;
+        for Piece { rows, probe, .. } in pieces.iter().filter(|_| layer > 0) {
+            let Some(vector) = probe.and_then(|probe| probe.steering(layer, hidden)) else {
+                continue;
+            };
+            for x in work.x[rows.start * hidden..rows.end * hidden].chunks_exact_mut(hidden) {
+                x.iter_mut().zip(vector).for_each(|(x, v)| *x += v);
+            }
+        }
     }
 
     /// A block up to its queries, keys and values.
@@ -366,7 +391,7 @@ impl NativeBackend {
     /// Hands over what is read of a block that has just been finished.
     fn hand_over(
         &self,
-        pieces: &[Piece],
+        pieces: &[Piece<'_>],
         work: &Workspace,
         layer: usize,
         sink: &dyn Sink,
@@ -393,7 +418,7 @@ impl NativeBackend {
     }
 
     /// Keeps the buffers of a pass for the next one, those of the first part on top.
-    fn put_back(&self, parts: Vec<Part>) {
+    fn put_back(&self, parts: Vec<Part<'_>>) {
         if let Ok(mut stash) = self.workspaces.try_lock() {
             stash.extend(parts.into_iter().rev().map(|part| part.work));
         }
@@ -461,14 +486,14 @@ impl Backend for NativeBackend {
 
 /// The next `rows` rows from `(sequence, row)` on, and where the chunk after them starts. A readout comes right after
 /// the token before it; in a chunk they follow the tokens of their sequence.
-fn next_chunk(
-    batch: &[Sequence<'_>],
+fn next_chunk<'a>(
+    batch: &[Sequence<'a>],
     (mut sequence, mut start): (usize, usize),
     rows: usize,
-) -> (Vec<Piece>, (usize, usize)) {
+) -> (Vec<Piece<'a>>, (usize, usize)) {
     let (mut pieces, mut row) = (Vec::new(), 0);
     while row < rows {
-        let Sequence { input_ids, readouts, cache } = &batch[sequence];
+        let Sequence { input_ids, readouts, ref cache } = batch[sequence];
         let end = batch[sequence].n_rows().min(start + rows - row);
         // Readouts before a row of the sequence.
         let before = |row| readouts.iter().zip(0..).take_while(|(r, i)| r.after + i < row).count();
@@ -478,13 +503,15 @@ fn next_chunk(
         if !tokens.is_empty() {
             let (rows, first) = (row..row + tokens.len(), cache.len());
             row = rows.end;
-            pieces.push(Piece { sequence, tokens, rows, first, step: 1, readout: false });
+            pieces.push(Piece { sequence, tokens, rows, first, step: 1, probe: None });
         }
         for i in own {
-            let (tokens, first) = (input_ids.len() + i, past + readouts[i].after);
-            if !pieces.last_mut().is_some_and(|last: &mut Piece| last.take(sequence, first)) {
+            let Readout { after, probe } = readouts[i];
+            let (tokens, first) = (input_ids.len() + i, past + after);
+            let last = pieces.last_mut();
+            if !last.is_some_and(|last: &mut Piece<'a>| last.take(sequence, first, probe)) {
                 let (tokens, rows) = (tokens..tokens + 1, row..row + 1);
-                pieces.push(Piece { sequence, tokens, rows, first, step: 1, readout: true });
+                pieces.push(Piece { sequence, tokens, rows, first, step: 1, probe: Some(probe) });
             }
             row += 1;
         }
@@ -499,7 +526,7 @@ fn next_chunk(
 /// The pieces of a chunk for each of `parts` parts, which cost about the same: the first and the last of twice as
 /// many runs, the second and the last but one, and so on. Keys to be read grow from row to row; so each
 /// part has nearly as many rows as the others, and what is left over of a run is evened out.
-fn deal(pieces: Vec<Piece>, parts: usize, cost: (usize, usize)) -> Vec<Vec<Piece>> {
+fn deal(pieces: Vec<Piece<'_>>, parts: usize, cost: (usize, usize)) -> Vec<Vec<Piece<'_>>> {
     if parts > 1 {
         let ends = run_ends(&pieces, 2 * parts, cost);
         // Where there are few rows, some runs have none.
@@ -516,12 +543,12 @@ fn deal(pieces: Vec<Piece>, parts: usize, cost: (usize, usize)) -> Vec<Vec<Piece
 }
 
 /// Adds a piece after the others, or to the last of them if that is the same sequence up to it.
-fn append(pieces: &mut Vec<Piece>, mut piece: Piece) {
+fn append<'a>(pieces: &mut Vec<Piece<'a>>, mut piece: Piece<'a>) {
     let end = pieces.last().map_or(0, |last| last.rows.end);
     match pieces.last_mut() {
         Some(last)
             if (last.sequence, last.tokens.end) == (piece.sequence, piece.tokens.start)
-                && !piece.readout =>
+                && piece.probe.is_none() =>
         {
             last.tokens.end = piece.tokens.end;
             last.rows.end += piece.rows.len();
@@ -535,7 +562,7 @@ fn append(pieces: &mut Vec<Piece>, mut piece: Piece) {
 
 /// Where `runs` runs of the rows of a chunk end, so that each costs about as much as the others: a row costs
 /// `fixed`, and `per_key` for each position up to its own.
-fn run_ends(pieces: &[Piece], runs: usize, (fixed, per_key): (usize, usize)) -> Vec<usize> {
+fn run_ends(pieces: &[Piece<'_>], runs: usize, (fixed, per_key): (usize, usize)) -> Vec<usize> {
     let positions = pieces.iter().flat_map(Piece::positions);
     let costs = positions.map(|position| fixed + per_key * position);
     // Cost of all rows before each unit.
@@ -558,7 +585,7 @@ fn run_ends(pieces: &[Piece], runs: usize, (fixed, per_key): (usize, usize)) -> 
 }
 
 /// Cuts the pieces of a chunk at the rows `ends`.
-fn cut(pieces: Vec<Piece>, ends: &[usize]) -> Vec<Vec<Piece>> {
+fn cut<'a>(pieces: Vec<Piece<'a>>, ends: &[usize]) -> Vec<Vec<Piece<'a>>> {
     let mut start = 0;
     let mut parts = Vec::with_capacity(ends.len());
     for &end in ends {

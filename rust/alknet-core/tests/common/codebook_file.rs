@@ -28,6 +28,8 @@ pub(crate) struct CodebookFile {
 }
 
 pub(crate) const HIDDEN_SIZE: usize = 4;
+/// Blocks up to the deepest site.
+pub(crate) const N_BLOCKS: usize = 4;
 pub(crate) const N_SITES: usize = 2;
 pub(crate) const N_COMPONENTS: usize = 3;
 pub(crate) const WINDOW: usize = 4;
@@ -76,7 +78,7 @@ impl CodebookFile {
             {"name": "jailbreak", "origin": "user", "scored": false},
         ]);
         let metadata = [
-            ("format_version", "3".to_owned()),
+            ("format_version", "4".to_owned()),
             ("detector", "synthetic".to_owned()),
             ("weights_sha256", "a".repeat(64)),
             ("tokenizer_sha256", "b".repeat(64)),
@@ -99,8 +101,19 @@ impl CodebookFile {
     }
 
     /// The file with a token that closes every so many others; a tenth of component 0 counts for direction 0.
-    pub(crate) fn closed(mut self, token: u32, every: usize) -> Self {
-        let closing = json!({"token": token, "every": every});
+    pub(crate) fn closed(self, token: u32, every: usize) -> Self {
+        self.closed_by(&json!({"token": token, "every": every}))
+    }
+
+    /// The same with vectors that were learned, of ones.
+    pub(crate) fn closed_by_learned(mut self, n_blocks: usize, every: usize) -> Self {
+        let shape = [n_blocks, HIDDEN_SIZE];
+        let ones = vec![1.0; n_blocks * HIDDEN_SIZE];
+        self.tensors.insert("closing".to_owned(), Tensor::f32(&shape, &ones));
+        self.closed_by(&json!({"every": every}))
+    }
+
+    fn closed_by(mut self, closing: &serde_json::Value) -> Self {
         self.metadata.insert("closing".to_owned(), closing.to_string());
         if let Some(weights) = self.tensors.get_mut("direction_weights") {
             weights.shape[0] += 1;

@@ -7,7 +7,7 @@ use std::sync::{
 
 use alknet_core::{
     Error, Result,
-    model::{Backend, KvCache, Readout, Sequence, Sink, Site, TokenId},
+    model::{Backend, KvCache, Probe, Readout, Sequence, Sink, Site, TokenId},
 };
 
 /// Rows of a sequence that are handed over at once, so that sinks see several runs.
@@ -75,6 +75,10 @@ impl Backend for Synthetic {
         1
     }
 
+    fn reads_learned(&self) -> bool {
+        false
+    }
+
     fn new_cache(&self) -> KvCache {
         KvCache::new(0)
     }
@@ -89,7 +93,10 @@ impl Backend for Synthetic {
                 return Err(Error::Input("more positions than the model has".to_owned()));
             }
             let mut rows: Vec<_> = (past..read.len()).map(|t| self.row(&read[..=t])).collect();
-            for Readout { after, token } in sequence.readouts {
+            for Readout { after, probe } in sequence.readouts {
+                let Probe::Token(token) = probe else {
+                    return Err(Error::Input("this engine reads tokens only".to_owned()));
+                };
                 rows.push(self.row(&[&read[..past + after], &[*token]].concat()));
             }
             for (run, rows) in rows.chunks(RUN).enumerate() {

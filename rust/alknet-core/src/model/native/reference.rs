@@ -1,6 +1,6 @@
 //! A decoder as plain as the formulas, in fp64 on weights widened to fp32: what the engine is held to.
 
-use crate::model::{LlamaConfig, Readout, Site, SiteKind, TokenId, weights::Weights};
+use crate::model::{Input, LlamaConfig, Readout, Site, SiteKind, TokenId, weights::Weights};
 
 /// Activations at every site for a sequence read from its start, `[sites][tokens, readouts][hidden_size]`.
 pub(super) fn forward(
@@ -8,18 +8,28 @@ pub(super) fn forward(
     config: &LlamaConfig,
     sites: &[Site],
     input_ids: &[TokenId],
-    readouts: &[Readout],
+    readouts: &[Readout<'_>],
 ) -> Vec<Vec<Vec<f64>>> {
     let tokens = (0..input_ids.len()).map(|t| Place { position: t, seen: t + 1 });
     let beside = readouts.iter().map(|r| Place { position: r.after, seen: r.after });
     let reference = Reference { weights, config, places: tokens.chain(beside).collect() };
-    let input_ids = input_ids.iter().chain(readouts.iter().map(|readout| &readout.token));
     let hidden = config.hidden_size;
+    let tokens = input_ids.iter().map(|id| Input::Token(*id));
+    let inputs = tokens.chain(readouts.iter().map(|readout| readout.probe.input(hidden)));
     let embedding = Matrix::read(weights, "model.embed_tokens", config.vocab_size, hidden);
-    let mut x: Vec<Vec<f64>> = input_ids.map(|id| embedding.rows[*id as usize].clone()).collect();
+    let begin = |input: Input<'_>| match input {
+        Input::Token(id) => embedding.rows[id as usize].clone(),
+        Input::Vector(vector) => vector.iter().copied().map(f64::from).collect(),
+    };
+    let mut x: Vec<Vec<f64>> = inputs.map(begin).collect();
     let mut captured = vec![Vec::new(); sites.len()];
     let last = sites.iter().map(|site| site.layer).max().unwrap();
     for layer in 0..=last {
+        for (x, readout) in x[input_ids.len()..].iter_mut().zip(readouts) {
+            let steering = readout.probe.steering(layer, hidden).filter(|_| layer > 0);
+            let steering = steering.into_iter().flatten();
+            x.iter_mut().zip(steering).for_each(|(x, v)| *x += f64::from(*v));
+        }
         let attention = reference.attention(layer, &x);
         add(&mut x, &attention);
         let mlp = reference.mlp(layer, &x);

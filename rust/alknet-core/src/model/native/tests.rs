@@ -14,7 +14,7 @@ use super::{CHUNK, NativeBackend, Piece, TILE_ROWS, cut, deal, next_chunk, refer
 use crate::{
     Error, Result,
     model::{
-        Backend, KvCache, LlamaConfig, Readout, Sequence, Sink, Site, SiteKind, TokenId,
+        Backend, KvCache, LlamaConfig, Probe, Readout, Sequence, Sink, Site, SiteKind, TokenId,
         candle::CandleBackend, weights::Weights,
     },
 };
@@ -48,7 +48,7 @@ fn read(
 /// Reads every text and what is beside it after its cache; `[sequence][site][rows · hidden_size]`.
 fn read_beside(
     backend: &dyn Backend,
-    texts: &[(&[TokenId], &[Readout])],
+    texts: &[(&[TokenId], &[Readout<'_>])],
     caches: &mut [KvCache],
 ) -> Vec<Vec<Vec<f32>>> {
     let hidden_size = backend.hidden_size();
@@ -157,9 +157,22 @@ fn text(len: usize, seed: usize) -> Vec<TokenId> {
     (0..len).map(|i| ((i * 7919 + seed * 104_729 + 13) % 300) as TokenId).collect()
 }
 
-/// One token in some places.
-fn readouts<const N: usize>(places: [usize; N], token: TokenId) -> [Readout; N] {
-    places.map(|after| Readout { after, token })
+/// One probe in some places.
+fn readouts<const N: usize>(places: [usize; N], probe: &Probe) -> [Readout<'_>; N] {
+    places.map(|after| Readout { after, probe })
+}
+
+/// Some of two probes in some places.
+fn readouts_at<const N: usize>(
+    places: [(usize, usize); N],
+    probes: &[Probe; 2],
+) -> [Readout<'_>; N] {
+    places.map(|(after, i)| Readout { after, probe: &probes[i] })
+}
+
+/// Vectors for the probe of some blocks.
+fn learned(layers: usize, hidden: usize) -> Probe {
+    Probe::Learned(noise(5).take(layers * hidden).collect())
 }
 
 fn every_site(layers: usize) -> Vec<Site> {
@@ -189,7 +202,9 @@ fn agrees_with_a_plain_decoder() {
     {
         let model = RandomModel::new(hidden, inner, heads, pairs, dim);
         let (sites, ids) = (every_site(2), text(75, 1));
-        let readouts = readouts([1, 40, 40, 75], 299);
+        // A token, and what was learned.
+        let probes = [Probe::Token(299), learned(2, hidden)];
+        let readouts = readouts_at([(1, 1), (40, 0), (40, 1), (75, 0), (75, 1)], &probes);
         let expected = reference::forward(&model.weights, &model.config, &sites, &ids, &readouts);
         for isa in Isa::available() {
             let backend = model.backend(&sites, 2, isa);
@@ -209,18 +224,20 @@ fn agrees_with_a_plain_decoder() {
 #[test]
 fn the_reference_engine_reads_beside_a_text_too() {
     let model = RandomModel::new(144, 384, 9, 3, 16);
-    let (sites, ids, readouts) = (every_site(2), text(150, 1), readouts([1, 140, 150], 299));
+    let (sites, ids, probes) = (every_site(2), text(150, 1), [Probe::Token(299), learned(2, 144)]);
+    let readouts = readouts_at([(1, 1), (140, 1), (150, 0)], &probes);
     let expected = reference::forward(&model.weights, &model.config, &sites, &ids, &readouts);
     let weights = Arc::clone(&model.weights);
     let backend = CandleBackend::load(weights, &model.config, &sites, Some(2)).unwrap();
     // In two parts, the second of which has a readout of what the first has read.
     let (head, tail) = ids.split_at(140);
-    let tail_readouts = [0, 10].map(|after| Readout { after, token: 299 });
+    let tail_readouts = readouts_at([(0, 1), (10, 0)], &probes);
     let mut cache = [backend.new_cache()];
     let first = read_beside(&backend, &[(head, &readouts[..1])], &mut cache).remove(0);
     let second = read_beside(&backend, &[(tail, &tail_readouts)], &mut cache).remove(0);
     // And once more without new tokens.
-    let alone = read_beside(&backend, &[(&[], &tail_readouts[..1])], &mut cache).remove(0);
+    let last = readouts_at([(0, 0)], &probes);
+    let alone = read_beside(&backend, &[(&[], &last)], &mut cache).remove(0);
     for (((first, second), alone), expected) in first.iter().zip(&second).zip(&alone).zip(&expected)
     {
         assert!(cosine(alone, &expected[expected.len() - 1]) > 1.0 - 1e-9);
@@ -268,7 +285,8 @@ fn what_is_read_beside_a_text_changes_no_bit_of_it_and_is_the_same_however_it_is
     let model = RandomModel::new(144, 384, 9, 3, 16);
     let sites = every_site(3);
     let (long, short, places) = (text(CHUNK + 3, 1), text(17, 2), [1, 64, 128, CHUNK, CHUNK + 3]);
-    let beside = readouts(places, 7);
+    let probe = learned(3, 144);
+    let beside = readouts(places, &probe);
     for isa in Isa::available() {
         let (one, two) = (model.backend(&sites, 1, isa), model.backend(&sites, 2, isa));
         let plain = read_one(&one, &long);
@@ -285,10 +303,10 @@ fn what_is_read_beside_a_text_changes_no_bit_of_it_and_is_the_same_however_it_is
         let (mut cache, width) = (two.new_cache(), two.hidden_size());
         let mut start = 0;
         for (i, place) in places.into_iter().enumerate() {
-            let last = readouts([place - start], 7);
+            let last = readouts([place - start], &probe);
             let text = [(&long[start..place], &last[..])];
             let found = read_beside(&two, &text, std::slice::from_mut(&mut cache)).remove(0);
-            let nothing = [(&[][..], &readouts([0], 7)[..])];
+            let nothing = [(&[][..], &readouts([0], &probe)[..])];
             let after = read_beside(&two, &nothing, std::slice::from_mut(&mut cache)).remove(0);
             assert_eq!(cache.len(), place);
             for ((found, after), whole) in found.iter().zip(&after).zip(&whole) {
@@ -305,7 +323,9 @@ fn what_is_read_beside_a_text_changes_no_bit_of_it_and_is_the_same_however_it_is
 fn readouts_are_in_the_chunk_of_the_token_before_them() {
     let (mut caches, ids) = ([KvCache::new(1), KvCache::new(1)], text(40, 1));
     caches[1].input_ids = vec![0; 5];
-    let (first, second) = (readouts([10, 30], 7), readouts([0, 16, 40], 8));
+    let probes = [Probe::Token(7), Probe::Token(8)];
+    let first = readouts([10, 30], &probes[0]);
+    let second = readouts_at([(0, 1), (16, 1), (40, 1)], &probes);
     let [one, two] = &mut caches;
     let batch = [
         Sequence { input_ids: &ids[..30], readouts: &first, cache: one },
@@ -313,8 +333,8 @@ fn readouts_are_in_the_chunk_of_the_token_before_them() {
     ];
     let piece = |sequence, tokens: Range<usize>, start, first, readouts_by: Option<usize>| {
         let rows = start..start + tokens.len();
-        let (step, readout) = (readouts_by.unwrap_or(1), readouts_by.is_some());
-        Piece { sequence, tokens, rows, first, step, readout }
+        let (step, probe) = (readouts_by.unwrap_or(1), readouts_by.map(|_| &probes[sequence]));
+        Piece { sequence, tokens, rows, first, step, probe }
     };
     let (pieces, end) = next_chunk(&batch, (0, 0), 40);
     assert_eq!(
@@ -338,7 +358,7 @@ fn readouts_are_in_the_chunk_of_the_token_before_them() {
 fn parts_of_a_chunk_cost_the_same() {
     let piece = |sequence, rows: Range<usize>, first| {
         let tokens = first..first + rows.len();
-        Piece { sequence, tokens, rows, first, step: 1, readout: false }
+        Piece { sequence, tokens, rows, first, step: 1, probe: None }
     };
     let cost = |position: usize| 1000 + position;
     for (pieces, parts) in [
@@ -380,7 +400,7 @@ fn parts_of_a_chunk_cost_the_same() {
 fn the_first_rows_go_with_the_last() {
     let piece = |tokens: Range<usize>, start| {
         let (first, rows) = (tokens.start + 1, start..start + tokens.len());
-        Piece { sequence: 0, tokens, rows, first, step: 1, readout: false }
+        Piece { sequence: 0, tokens, rows, first, step: 1, probe: None }
     };
     assert_eq!(
         deal(vec![piece(0..128, 0)], 2, (1_000_000, 1)),
@@ -392,7 +412,7 @@ fn the_first_rows_go_with_the_last() {
 fn pieces_are_cut_at_the_ends_of_parts() {
     let piece = |sequence, tokens: Range<usize>, start, first| {
         let rows = start..start + tokens.len();
-        Piece { sequence, tokens, rows, first, step: 1, readout: false }
+        Piece { sequence, tokens, rows, first, step: 1, probe: None }
     };
     let pieces = vec![piece(1, 5..45, 0, 9), piece(2, 0..8, 40, 1)];
     assert_eq!(
@@ -460,10 +480,20 @@ fn refuses_what_it_cannot_read() {
         let mut batch = [Sequence { input_ids: &[1, 2], readouts, cache: &mut cache }];
         backend.forward(&mut batch, &sink).unwrap_err().to_string()
     };
-    assert!(misplaced(&readouts([1], 300)).contains("outside the vocabulary of 300"));
-    assert!(misplaced(&readouts([3], 1)).contains("a readout after 3 tokens, of 0 and 2"));
-    assert!(misplaced(&readouts([0], 1)).contains("has to stand after one of them"));
-    assert!(misplaced(&readouts([2, 1], 1)).contains("in the order of their places"));
+    assert!(
+        misplaced(&readouts([1], &Probe::Token(300))).contains("outside the vocabulary of 300")
+    );
+    assert!(
+        misplaced(&readouts([1], &learned(2, 64))).contains("of 128 numbers; 1 blocks take 64")
+    );
+    assert!(
+        misplaced(&readouts([3], &Probe::Token(1)))
+            .contains("a readout after 3 tokens, of 0 and 2")
+    );
+    assert!(misplaced(&readouts([0], &Probe::Token(1))).contains("has to stand after one of them"));
+    assert!(
+        misplaced(&readouts([2, 1], &Probe::Token(1))).contains("in the order of their places")
+    );
     let deep = Site { layer: 3, kind: SiteKind::ResidPost };
     let weights = || Arc::clone(&model.weights);
     let load = |sites: &[Site]| NativeBackend::load(weights(), &model.config, sites, None, None);
