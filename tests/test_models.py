@@ -28,6 +28,8 @@ from tiny_detector import ATTACK, BENIGN, GOLDEN, HIDDEN_SIZE, ORDER, SITES, wri
 
 CLEAR, _, DANGEROUS = AlarmLevel
 VOCABULARY = json.loads((GOLDEN / "tiny-tokenizer.json").read_text())["model"]["vocab"]
+# Up to the deepest site.
+N_BLOCKS = 1 + max(int(site.split(".")[0]) for site in SITES)
 
 
 def ids_of(text: str) -> list[int]:
@@ -114,17 +116,27 @@ class TestProtocol:
 class TestReadouts:
     """A codebook that asks for a token every ten others."""
 
-    @pytest.fixture
-    def closed(self, folder, tmp_path) -> Path:
+    @staticmethod
+    def write(folder, out, entry, **more) -> Path:
         codebook = folder / "codebook.safetensors"
         tensors, metadata = load_file(codebook), _core.inspect_codebook(str(codebook))
         metadata.pop("n_components")
         weights = tensors["direction_weights"]
         tensors["direction_weights"] = np.concatenate([weights, weights[:1]])
-        metadata["closing"] = json.dumps({"token": 5, "every": 10})
-        closed = Path(shutil.copytree(folder, tmp_path / "closed"))
-        save_file(tensors, closed / "codebook.safetensors", metadata=metadata)
+        metadata["closing"] = json.dumps(entry)
+        closed = Path(shutil.copytree(folder, out))
+        save_file(tensors | more, closed / "codebook.safetensors", metadata=metadata)
         return closed
+
+    @pytest.fixture
+    def closed(self, folder, tmp_path) -> Path:
+        return self.write(folder, tmp_path / "closed", {"token": 5, "every": 10})
+
+    @pytest.fixture
+    def learned(self, folder, tmp_path) -> Path:
+        """One whose readouts were learned: all ones."""
+        vectors = np.ones((N_BLOCKS, HIDDEN_SIZE), dtype=np.float32)
+        return self.write(folder, tmp_path / "learned", {"every": 10}, closing=vectors)
 
     def test_they_are_asked_for_where_they_stand(self, closed, folder):
         class Beside(Embedding):
@@ -140,6 +152,25 @@ class TestReadouts:
         assert model.calls[-1] == [*ids, 5, 5, 5]
         assert alarm.p_value != Firewall(folder, model=model).screen(text).p_value
         assert model.readouts == []
+
+    def test_what_was_learned_is_handed_to_models_that_read_it(self, learned):
+        class Learner(Embedding):
+            reads_learned = True
+
+            def activations(self, input_ids, readouts=()):
+                self.readouts = list(readouts)
+                learned = [self.table[:1] for _ in readouts]
+                return np.concatenate([super().activations(input_ids), *learned])
+
+        model = Learner()
+        Firewall(learned, model=model).screen((ATTACK * 5)[:25])
+        assert [after for after, _ in model.readouts] == [11, 21, 26]
+        for _, probe in model.readouts:
+            np.testing.assert_array_equal(probe, np.ones((N_BLOCKS, HIDDEN_SIZE), np.float32))
+
+    def test_models_that_read_tokens_only_are_refused_what_was_learned(self, learned):
+        with pytest.raises(CodebookError, match="Embedding reads tokens only"):
+            Firewall(learned, model=Embedding())
 
     def test_a_model_that_reads_none_gives_no_verdict(self, closed):
         with pytest.raises(InferenceError, match=r"TypeError.*n_readouts"):
@@ -336,6 +367,21 @@ class TestTorch:
         found = TorchModel(model, sites).activations(ids, readouts)[1:]
         found /= np.sqrt((found**2).mean(axis=2, keepdims=True) + 1e-6)
         options = {"window": 1, "stride": 1, "max_tokens": 64, "closing": ([7], 3)}
+        (expected,) = reader.window_means(["Tuesday"], **options)
+        np.testing.assert_allclose(found.reshape(len(found), -1), expected, rtol=1e-4, atol=1e-4)
+
+    def test_it_reads_what_was_learned_as_the_reference_engine_does(self, model, tiny_folder):
+        sites = ["0.resid_post", "1.resid_post"]
+        reader = _core.Reader(str(tiny_folder), sites, engine="candle")
+        ids = [0, *ids_of("Tuesday")]
+        shape = (2, model.config.hidden_size)
+        vectors = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        readouts = [(4, vectors), (7, vectors), (8, vectors)]
+        torch_model = TorchModel(model, sites)
+        alone, found = torch_model.activations(ids), torch_model.activations(ids, readouts)
+        np.testing.assert_allclose(found[: len(ids)], alone, rtol=1e-4, atol=1e-4)
+        found = found[1:] / np.sqrt((found[1:] ** 2).mean(axis=2, keepdims=True) + 1e-6)
+        options = {"window": 1, "stride": 1, "max_tokens": 64, "closing": ([vectors], 3)}
         (expected,) = reader.window_means(["Tuesday"], **options)
         np.testing.assert_allclose(found.reshape(len(found), -1), expected, rtol=1e-4, atol=1e-4)
 

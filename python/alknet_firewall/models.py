@@ -5,7 +5,9 @@ A detector made of such a model still needs its tokenizer and a codebook compile
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .errors import ModelLoadError
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DetectorModel", "OnnxModel", "Readouts", "TorchModel"]
 
-# Tokens that are read beside a text: how many of its tokens each sees, and the token.
-Readouts = Sequence[tuple[int, int]]
+# What is read beside a text: how many of its tokens each sees, and a token or what was learned.
+Readouts = Sequence[tuple[int, "int | npt.NDArray[np.float32]"]]
 
 
 @runtime_checkable
@@ -46,7 +48,10 @@ class DetectorModel(Protocol):
 
         Called from any thread. A readout ``(n, token)`` stands at position ``n``, sees the first
         ``n`` tokens and not itself, and nothing sees it. Their rows follow those of ``input_ids``.
-        Codebooks with a closing token need them; others never ask for any.
+        Codebooks with a closing token need them; others never ask for any. In place of the token a
+        model with an attribute ``reads_learned`` that is true may get what a codebook has learned,
+        float32 ``(n_blocks, hidden_size)``: the readout's residual stream begins with the first
+        vector, and each other one is added before its block.
         """
         ...
 
@@ -58,7 +63,8 @@ def _beside(
     n = len(input_ids)
     positions = [*range(n), *(after for after, _ in readouts)]
     seen = [*range(1, n + 1), *(after for after, _ in readouts)]
-    ids = [*input_ids, *(token for _, token in readouts)]
+    # The embedding of what was learned gives way to it.
+    ids = [*input_ids, *(probe if isinstance(probe, int) else 0 for _, probe in readouts)]
     return ids, positions, [[own] for own in seen]
 
 
@@ -80,7 +86,8 @@ class TorchModel:
     ----------
     model : torch.nn.Module
         Called as ``model(input_ids=..., output_hidden_states=True)``; put in evaluation mode.
-        Its last hidden state is final-normed, so the last layer cannot be a site.
+        Its last hidden state is final-normed, so the last layer cannot be a site. With blocks in
+        ``model.base_model.layers``, as Llama has them, it reads what codebooks have learned.
     sites : sequence of str
         ``LAYER.resid_post``.
 
@@ -109,11 +116,31 @@ class TorchModel:
         self.hidden_size: int = config.hidden_size
         self.max_position_embeddings: int = config.max_position_embeddings
         self.bos_token_id: int | None = config.bos_token_id
+        blocks = getattr(model.base_model, "layers", None)
+        self.reads_learned = blocks is not None
+        # Of this thread's call: what each row has learned.
+        self._call = threading.local()
+        for layer, block in enumerate(blocks or ()):
+            block.register_forward_pre_hook(partial(self._steer, layer))
+
+    def _steer(self, layer: int, _block: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """What a block reads, with what was learned."""
+        learned = getattr(self._call, "learned", {})
+        if not learned:
+            return None
+        states = args[0].clone()
+        for row, vectors in learned.items():
+            if layer < len(vectors):
+                vector = self._torch.from_numpy(vectors[layer]).to(states)
+                states[0, row] = vector + (states[0, row] if layer else 0)
+        return (states, *args[1:])
 
     def activations(self, input_ids: list[int], readouts: Readouts = ()) -> npt.NDArray[np.float32]:
         """See `DetectorModel.activations`."""
         torch, device = self._torch, self._model.device
         beside: dict[str, Any] = {}
+        probes = enumerate((probe for _, probe in readouts), len(input_ids))
+        learned = {row: probe for row, probe in probes if not isinstance(probe, int)}
         if readouts:
             input_ids, positions, seen = _beside(input_ids, readouts)
             # What is added to the scores: nothing, or the least number there is.
@@ -124,6 +151,7 @@ class TorchModel:
             beside["position_ids"] = torch.tensor([positions], device=device)
         with torch.inference_mode():
             ids = torch.tensor([input_ids], device=device)
+            self._call.learned = learned
             output = self._model(input_ids=ids, output_hidden_states=True, **beside)
             # hidden_states[0] is the embedding, so layer n's output is number n + 1.
             states = output.hidden_states

@@ -2,9 +2,9 @@
 
 use alknet_core::{
     Error, Result,
-    model::{Backend, KvCache, Probe, Sequence, Sink, Site, TokenId},
+    model::{Backend, KvCache, Probe, Readout, Sequence, Sink, Site, TokenId},
 };
-use numpy::{PyReadonlyArray3, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 /// Calls `model.activations(input_ids)`, or `model.activations(input_ids, readouts)` where there are some, for every
@@ -16,6 +16,7 @@ pub(crate) struct ForeignBackend {
     hidden_size: usize,
     max_position_embeddings: usize,
     bos_token_id: Option<TokenId>,
+    reads_learned: bool,
 }
 
 impl ForeignBackend {
@@ -31,6 +32,10 @@ impl ForeignBackend {
             hidden_size: bound.getattr("hidden_size")?.extract()?,
             max_position_embeddings: bound.getattr("max_position_embeddings")?.extract()?,
             bos_token_id: bound.getattr("bos_token_id")?.extract()?,
+            reads_learned: match bound.getattr_opt("reads_learned")? {
+                Some(reads) => reads.is_truthy()?,
+                None => false,
+            },
             sites,
             model,
         })
@@ -40,12 +45,29 @@ impl ForeignBackend {
         self.bos_token_id
     }
 
-    /// Activations of all `input_ids` and of `readouts`, `[seq_len + n_readouts, n_sites, hidden_size]`, handed over
-    /// from row `first` on.
+    /// What Python gets of a readout: how many tokens it sees, and a token or an array `[n_blocks, hidden_size]`.
+    fn readout<'py>(
+        &self,
+        py: Python<'py>,
+        first: usize,
+        readout: &Readout<'_>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let probe = match readout.probe {
+            Probe::Token(id) => id.into_pyobject(py)?.into_any(),
+            Probe::Learned(vectors) => {
+                let shape = [vectors.len() / self.hidden_size, self.hidden_size];
+                PyArray1::from_slice(py, vectors).reshape(shape)?.into_any()
+            }
+        };
+        Ok((first + readout.after, probe).into_pyobject(py)?.into_any())
+    }
+
+    /// Activations of all `input_ids` and of `readouts`, which stand after row `first`,
+    /// `[seq_len + n_readouts, n_sites, hidden_size]`, handed over from that row on.
     fn run(
         &self,
         input_ids: &[TokenId],
-        readouts: &[(usize, TokenId)],
+        readouts: &[Readout<'_>],
         first: usize,
         sequence: usize,
         sink: &dyn Sink,
@@ -54,7 +76,11 @@ impl ForeignBackend {
             let ids = input_ids.to_vec();
             let array = match readouts {
                 [] => self.model.call_method1(py, "activations", (ids,))?,
-                _ => self.model.call_method1(py, "activations", (ids, readouts.to_vec()))?,
+                _ => {
+                    let readouts = readouts.iter().map(|readout| self.readout(py, first, readout));
+                    let readouts = readouts.collect::<PyResult<Vec<_>>>()?;
+                    self.model.call_method1(py, "activations", (ids, readouts))?
+                }
             };
             let array: PyReadonlyArray3<'_, f32> = array.extract(py)?;
             let n_rows = input_ids.len() + readouts.len();
@@ -104,7 +130,7 @@ impl Backend for ForeignBackend {
     }
 
     fn reads_learned(&self) -> bool {
-        false
+        self.reads_learned
     }
 
     fn new_cache(&self) -> KvCache {
@@ -115,14 +141,7 @@ impl Backend for ForeignBackend {
         for (index, sequence) in batch.iter_mut().enumerate() {
             let first = sequence.cache.len();
             sequence.cache.input_ids.extend_from_slice(sequence.input_ids);
-            let mut readouts = Vec::with_capacity(sequence.readouts.len());
-            for readout in sequence.readouts {
-                let Probe::Token(token) = readout.probe else {
-                    return Err(Error::Inference(format!("{} reads tokens only", self.name)));
-                };
-                readouts.push((first + readout.after, *token));
-            }
-            self.run(&sequence.cache.input_ids, &readouts, first, index, sink)?;
+            self.run(&sequence.cache.input_ids, sequence.readouts, first, index, sink)?;
         }
         Ok(())
     }
