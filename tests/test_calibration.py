@@ -813,6 +813,15 @@ class TestActivations:
         with pytest.raises(InputError, match=f"{N_BLOCKS} blocks take {HIDDEN_SIZE} each"):
             reader.window_means(TEXTS[:1], closing=closing, **options)
 
+    def test_the_shipped_codebook_reads_what_was_learned_from_all_folds(self, real_folder):
+        from safetensors.numpy import load_file
+
+        learned = default_layout(real_folder).closing
+        # One for each of five folds of public sources and three of our own text.
+        assert learned.vectors.shape == (5 + 3 + 1, 15, 576)
+        tensors = load_file(real_folder / "codebook.safetensors")
+        np.testing.assert_array_equal(tensors["closing"], learned.vectors[-1])
+
     def test_a_tokenizer_without_the_closing_token_has_none(self, tiny_folder, tmp_path):
         assert default_layout(tiny_folder).closing == 2
         other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))

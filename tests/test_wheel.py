@@ -89,6 +89,7 @@ def test_what_is_inside(wheel):
     files |= {"model.safetensors", "tokenizer.json"}
     assert {name.removeprefix(detector) for name in names if name.startswith(detector)} == files
     others = {"py.typed", "_core.pyi", "evaluation/report.html"}
+    others |= {"calibration/readouts.safetensors"}
     assert {f"alknet_firewall/{name}" for name in others} <= set(names)
     assert any(name.endswith("/THIRD_PARTY_NOTICES.md") for name in names)
     tops = {name.split("/")[0] for name in names}

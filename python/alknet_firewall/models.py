@@ -48,10 +48,10 @@ class DetectorModel(Protocol):
 
         Called from any thread. A readout ``(n, token)`` stands at position ``n``, sees the first
         ``n`` tokens and not itself, and nothing sees it. Their rows follow those of ``input_ids``.
-        Codebooks with a closing token need them; others never ask for any. In place of the token a
-        model with an attribute ``reads_learned`` that is true may get what a codebook has learned,
-        float32 ``(n_blocks, hidden_size)``: the readout's residual stream begins with the first
-        vector, and each other one is added before its block.
+        Codebooks with readouts need them; others never ask for any. In place of the token a model
+        with an attribute ``reads_learned`` that is true gets what a codebook has learned, float32
+        ``(n_blocks, hidden_size)``: the readout's residual stream begins with the first vector, and
+        each other one is added before its block.
         """
         ...
 
@@ -162,6 +162,8 @@ class TorchModel:
 
 class OnnxModel:
     """An ONNX graph with one input of token ids and one output per site.
+
+    It reads tokens only: codebooks with learned readouts, as the shipped one, are refused.
 
     Parameters
     ----------

@@ -27,8 +27,7 @@ text in all languages: a ridge on all whitened dimensions, since there is little
 could agree on. A frame counts by the larger of the two.
 
 The components are the first singular vectors of the windows, then what their model has outside
-them, the models of each longer scale and of the closing token, and last those of the other
-languages.
+them, the models of each longer scale and of readouts, and last those of the other languages.
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ class FitOptions:
     # Consecutive windows, rising from 1, of whose means a model is fitted; how much each counts.
     scales: tuple[int, ...] = (1, 3, 7)
     scale_weights: tuple[float, ...] = (0.5, 0.25, 0.25)
-    # How much the model of the closing token counts, where there is one.
-    closing_weight: float = 0.4
+    # How much the model of readouts counts, where there are some.
+    closing_weight: float = 0.6
     # Rows of the projection, one a model at least; the scored directions are exact with any number.
     n_components: int = 16
     shrinkage: float = 0.3
@@ -143,7 +142,7 @@ class Windows:
     starts : ndarray
         ``(n_texts + 1,)``: text ``i`` owns rows ``starts[i]`` to ``starts[i + 1]``.
     closing : ndarray, optional
-        ``(n_closings, width)``: the tokens that close parts of the texts, text by text.
+        ``(n_closings, width)``: readouts of the texts, text by text.
     closed_by : ndarray, optional
         ``(n_windows,)``: the row of ``closing`` that is the first after each window.
     """
@@ -163,7 +162,7 @@ class Windows:
         return (self.x[rows[start : start + size]] for start in range(0, len(rows), size))
 
     def closings(self) -> Windows:
-        """The closing tokens of every text as its windows."""
+        """The readouts of every text as its windows."""
         assert self.closing is not None
         assert self.closed_by is not None
         return Windows(self.closing, np.append(self.closed_by[self.starts[:-1]], len(self.closing)))
@@ -245,7 +244,7 @@ class Scorer:
     """The scored directions of frames, with ``z = components @ (x − mean)`` of their windows.
 
     ``logit[d] = Σ_s max_r mean_{w in r}(weights[s, d] · z_w) + bias[d]``, ``r`` its runs of scale
-    ``s``; where there is a closing token, with ``weights[-1, d] · z`` of the first after it
+    ``s``; where there are readouts, with ``weights[-1, d] · z`` of the first after it
     besides.
 
     Attributes
@@ -366,7 +365,7 @@ def fit_scorer(
     Parameters
     ----------
     scales : sequence of Windows
-        `Windows.runs` of every scale, and `Windows.closings` where there is a closing token.
+        `Windows.runs` of every scale, and `Windows.closings` where there are readouts.
     moments : sequence of dict
         Of each scale, `group_moments` of every group among ``texts``.
     """
@@ -385,7 +384,7 @@ def fit_scorer(
     texts = texts[~labels.apart[texts]]
     leading = max(options.n_components - len(scales) - len(foreign) + 1, 1)
     sizes = [leading, *[1] * (len(scales) - 1)]
-    # The closing token counts for attacks in any language.
+    # Readouts count for attacks in any language.
     places = [(slice(1), share) for share in options.scale_weights]
     places.append((slice(None), options.closing_weight))
     main = []

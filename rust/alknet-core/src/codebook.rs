@@ -5,7 +5,7 @@
 //! | `mean` | `[n_sites · hidden_size]` | μ |
 //! | `components` | `[n_components, n_sites · hidden_size]` | C, whitening folded in |
 //! | `cdf_knots`, `cdf_values` | `[n_components, n_knots]` | distribution of each windowed projection in benign text |
-//! | `direction_weights` | `[n_scales (+ 1), n_directions, n_components]` | logistic models on windowed projections: of each scale, the run with the largest mean counts; where there is a closing token, on that last |
+//! | `direction_weights` | `[n_scales (+ 1), n_directions, n_components]` | logistic models on windowed projections: of each scale, the run with the largest mean counts; where something closes texts, on that last |
 //! | `closing` | `[n_blocks, hidden_size]` | what closes a text, where it was learned: see [`Probe::Learned`] |
 //! | `direction_bias` | `[n_directions]` | their constants |
 //! | `null_knots`, `null_values` | `[n_origins, n_length_classes, n_knots]` | −log₁₀ share of benign texts whose statistic is at least the knot |
@@ -27,7 +27,7 @@ use crate::{
     window::Closing,
 };
 
-/// Largest codebook file that is read, in bytes. The shipped one has about 100 kB.
+/// Largest codebook file that is read, in bytes. The shipped one has 138 kB.
 pub const MAX_BYTES: u64 = 64 << 20;
 
 const FORMAT_VERSION: &str = "4";

@@ -109,7 +109,7 @@ impl Firewall {
     /// A firewall over any reader.
     ///
     /// # Errors
-    /// [`Error::Codebook`] when the codebook's sites, width, segments or closing token are not the reader's.
+    /// [`Error::Codebook`] when the codebook's sites, width, segments or readouts are not the reader's.
     pub fn new(reader: Reader, codebook: Codebook, options: &FirewallOptions) -> Result<Self> {
         let backend = reader.backend();
         if backend.sites() != codebook.sites || backend.hidden_size() != codebook.hidden_size {

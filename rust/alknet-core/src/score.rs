@@ -61,7 +61,7 @@ pub fn frames(
     let n_closings = codebook.closing.as_ref().map_or(0, |closing| closing.count(n_tokens));
     if closings.len() != n_closings * k {
         return Err(Error::Inference(format!(
-            "{} closing tokens of {n_closings} were read: the text was not screened",
+            "{} readouts of {n_closings} were read: the text was not screened",
             closings.len() / k
         )));
     }
@@ -82,7 +82,7 @@ pub fn frames(
     windows.windows(len).map(score).collect()
 }
 
-/// What all frames up to a closing token have in common, for each of them: of every direction the constant, and
+/// What all frames up to a readout have in common, for each of them: of every direction the constant, and
 /// what the token adds.
 fn constants(codebook: &Codebook, closings: &[f32]) -> Vec<Vec<f64>> {
     let bias: Vec<_> = (0..codebook.directions.len()).map(|d| codebook.bias(d)).collect();

@@ -22,7 +22,7 @@ impl Closing {
     pub fn check(&self, window: usize) -> Result<(), String> {
         if self.every < window {
             return Err(format!(
-                "a closing token every {} tokens; a window of {window} is the least",
+                "a readout every {} tokens; a window of {window} is the least",
                 self.every
             ));
         }

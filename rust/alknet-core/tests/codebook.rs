@@ -124,7 +124,7 @@ fn a_frame_counts_with_the_first_closing_token_after_it() {
         assert!(frame.logits[1..].iter().all(|logit| *logit == 0.0));
     }
     let missing = score::frames(&codebook, &tokens, &closings[..3]).unwrap_err().to_string();
-    assert!(missing.contains("1 closing tokens of 2"), "{missing}");
+    assert!(missing.contains("1 readouts of 2"), "{missing}");
     closings[3] = f32::NAN;
     assert!(matches!(score::frames(&codebook, &tokens, &closings), Err(Error::Inference(_))));
 }
