@@ -83,7 +83,7 @@ pub fn frames(
 }
 
 /// What all frames up to a readout have in common, for each of them: of every direction the constant, and
-/// what the token adds.
+/// what it adds.
 fn constants(codebook: &Codebook, closings: &[f32]) -> Vec<Vec<f64>> {
     let bias: Vec<_> = (0..codebook.directions.len()).map(|d| codebook.bias(d)).collect();
     if codebook.closing.is_none() {
