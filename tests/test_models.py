@@ -385,6 +385,16 @@ class TestTorch:
         (expected,) = reader.window_means(["Tuesday"], **options)
         np.testing.assert_allclose(found.reshape(len(found), -1), expected, rtol=1e-4, atol=1e-4)
 
+    def test_what_was_learned_stays_in_the_call_that_reads_it(self, model):
+        ids, vectors = [0, *ids_of("Tuesday")], np.ones((2, HIDDEN_SIZE), dtype=np.float32)
+        one, other = TorchModel(model, ["0.resid_post"]), TorchModel(model, ["0.resid_post"])
+        assert vectors.shape[1] == model.config.hidden_size
+        expected = other.activations(ids)
+        one.activations(ids, [(len(ids) - 1, vectors)])
+        with pytest.raises(IndexError):
+            one.activations([10**6], [(0, vectors)])
+        np.testing.assert_array_equal(other.activations(ids), expected)
+
     def test_the_last_layer_is_refused(self, model):
         with pytest.raises(ModelLoadError, match="final-normed"):
             TorchModel(model, ["3.resid_post"])

@@ -116,7 +116,7 @@ class TorchModel:
         self.hidden_size: int = config.hidden_size
         self.max_position_embeddings: int = config.max_position_embeddings
         self.bos_token_id: int | None = config.bos_token_id
-        blocks = getattr(model.base_model, "layers", None)
+        blocks = getattr(getattr(model, "base_model", model), "layers", None)
         self.reads_learned = blocks is not None
         # Of this thread's call: what each row has learned.
         self._call = threading.local()
@@ -152,7 +152,11 @@ class TorchModel:
         with torch.inference_mode():
             ids = torch.tensor([input_ids], device=device)
             self._call.learned = learned
-            output = self._model(input_ids=ids, output_hidden_states=True, **beside)
+            try:
+                output = self._model(input_ids=ids, output_hidden_states=True, **beside)
+            finally:
+                # Whoever else calls the model gets what it is.
+                self._call.learned = {}
             # hidden_states[0] is the embedding, so layer n's output is number n + 1.
             states = output.hidden_states
             rows = torch.stack([states[layer + 1][0] for layer in self._layers], dim=1)
