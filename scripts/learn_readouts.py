@@ -2,7 +2,7 @@
 
 In an environment with PyTorch (``benches/requirements.txt``) and the package, after ``make demo``::
 
-    python scripts/learn_readouts.py --gguf model.Q4_1.gguf DIR [DIR ...]
+    python scripts/learn_readouts.py --gguf model.Q4_1.gguf --detector FOLDER DIR [DIR ...]
 
 A readout stands after every 64 tokens of a text and at its end, sees what is before it, and nothing
 sees it. Keys and values of the texts are therefore constants, and what is learned are the vectors

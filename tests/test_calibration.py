@@ -17,7 +17,7 @@ from alknet_firewall import AlarmLevel, ConfigError, Firewall, InputError, _core
 from alknet_firewall.cli import main
 from alknet_firewall.evaluation.measure import MeasureOptions, measure_detector
 from click.testing import CliRunner
-from tiny_detector import BENIGN, HIDDEN_SIZE, LAYOUT, SITES, ordinary_sentences
+from tiny_detector import BENIGN, HIDDEN_SIZE, LAYOUT, N_BLOCKS, SITES, ordinary_sentences
 
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
@@ -48,8 +48,6 @@ OPTIONS = FitOptions(n_components=5, rounds=2)
 TINY_LAYOUT = Layout(sites=SITES, **LAYOUT)
 CLOSED_LAYOUT = dataclasses.replace(TINY_LAYOUT, closing=0, closing_every=10)
 N_WINDOWS = 3
-# Up to the deepest site.
-N_BLOCKS = 1 + max(int(site.split(".")[0]) for site in SITES)
 
 
 def learned(n_readouts: int) -> np.ndarray:

@@ -24,12 +24,19 @@ from alknet_firewall import (
     _core,
 )
 from safetensors.numpy import load_file, save_file
-from tiny_detector import ATTACK, BENIGN, GOLDEN, HIDDEN_SIZE, ORDER, SITES, write_codebook
+from tiny_detector import (
+    ATTACK,
+    BENIGN,
+    GOLDEN,
+    HIDDEN_SIZE,
+    N_BLOCKS,
+    ORDER,
+    SITES,
+    write_codebook,
+)
 
 CLEAR, _, DANGEROUS = AlarmLevel
 VOCABULARY = json.loads((GOLDEN / "tiny-tokenizer.json").read_text())["model"]["vocab"]
-# Up to the deepest site.
-N_BLOCKS = 1 + max(int(site.split(".")[0]) for site in SITES)
 
 
 def ids_of(text: str) -> list[int]:

@@ -34,6 +34,8 @@ BENIGN = (
 )
 
 SITES = ("0.attn_out", "1.resid_post")
+# Up to the deepest site.
+N_BLOCKS = 1 + max(int(site.split(".")[0]) for site in SITES)
 HIDDEN_SIZE = 32
 LAYOUT = {"window": 8, "stride": 4, "segment_tokens": 64, "segment_overlap": 16}
 

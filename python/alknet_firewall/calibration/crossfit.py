@@ -145,6 +145,7 @@ def cross_fit(
 ) -> Array:
     """Largest logit of every text under directions fitted without its fold, ``(n_texts,)``."""
     folds = numbered_folds(corpus.rows)
+    # Made before the folds part, so that all of them share what windows say.
     corpus.moments(options)
     scores = np.full(len(corpus.rows), np.nan)
     for done, (fold, held) in enumerate(folds.items()):

@@ -337,7 +337,7 @@ fn every_metadata_entry_is_needed() {
 #[test]
 fn metadata_out_of_range_are_refused() {
     let cases = [
-        ("format_version", vec!["2", "3", "", "4 "]),
+        ("format_version", vec!["1", "2", "3", "", "4 "]),
         ("hidden_size", vec!["0", "-4", "4.0", "", "5"]),
         ("window", vec!["0", "4097", "four"]),
         ("stride", vec!["0", "5"]),

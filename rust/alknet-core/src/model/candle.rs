@@ -147,7 +147,7 @@ impl CandleBackend {
         let hidden = self.config.hidden_size;
         let mut readouts = batch.iter().flat_map(|sequence| sequence.readouts);
         let steered = |Readout { probe, .. }: &Readout<'_>| probe.steering(layer, hidden).is_some();
-        if layer == 0 || !readouts.any(steered) {
+        if !readouts.any(steered) {
             return Ok(None);
         }
         let mut rows = Vec::new();

@@ -121,11 +121,13 @@ impl Probe {
         }
     }
 
-    /// What is added before block `layer`, which is not the first, if anything is.
+    /// What is added before block `layer`, if anything is; before the first one its stream has begun with it.
     fn steering(&self, layer: usize, hidden_size: usize) -> Option<&[f32]> {
         match self {
-            Self::Token(_) => None,
-            Self::Learned(vectors) => Some(&vectors[layer * hidden_size..][..hidden_size]),
+            Self::Learned(vectors) if layer > 0 => {
+                Some(&vectors[layer * hidden_size..][..hidden_size])
+            }
+            _ => None,
         }
     }
 }

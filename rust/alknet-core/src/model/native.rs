@@ -320,10 +320,10 @@ impl NativeBackend {
         steps
     }
 
-    /// Adds what steers readouts on their way into block `layer`; into the first one they come with it.
+    /// Adds what steers readouts on their way into block `layer`.
     fn steer(&self, pieces: &[Piece<'_>], work: &mut Workspace, layer: usize) {
         let hidden = self.config.hidden_size;
-        for Piece { rows, probe, .. } in pieces.iter().filter(|_| layer > 0) {
+        for Piece { rows, probe, .. } in pieces {
             let Some(vector) = probe.and_then(|probe| probe.steering(layer, hidden)) else {
                 continue;
             };

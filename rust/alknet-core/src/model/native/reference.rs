@@ -26,8 +26,7 @@ pub(super) fn forward(
     let last = sites.iter().map(|site| site.layer).max().unwrap();
     for layer in 0..=last {
         for (x, readout) in x[input_ids.len()..].iter_mut().zip(readouts) {
-            let steering = readout.probe.steering(layer, hidden).filter(|_| layer > 0);
-            let steering = steering.into_iter().flatten();
+            let steering = readout.probe.steering(layer, hidden).into_iter().flatten();
             x.iter_mut().zip(steering).for_each(|(x, v)| *x += f64::from(*v));
         }
         let attention = reference.attention(layer, &x);
