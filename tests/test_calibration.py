@@ -33,15 +33,10 @@ from alknet_firewall.calibration.crossfit import (
     numbered_folds,
 )
 from alknet_firewall.calibration.evaluate import evaluate, table
-from alknet_firewall.calibration.fit import (
-    FitOptions,
-    Scorer,
-    Windows,
-    fit_scorer,
-    pool,
-    project,
-)
+from alknet_firewall.calibration.fit import FitOptions, fit_scorer
 from alknet_firewall.calibration.run import default_layout
+from alknet_firewall.calibration.scorer import Scorer, pool, project
+from alknet_firewall.calibration.windows import Windows
 
 WIDTH = len(SITES) * HIDDEN_SIZE
 OPTIONS = FitOptions(n_components=5, rounds=2)

@@ -1,8 +1,9 @@
 """From labelled text to a codebook, and how good a codebook is.
 
-Needs the ``[calibrate]`` extra. The stages are `corpus` (rows of text), `activations` (window
-means, cached on disk), `fit` (components and directions), `null` (p-values), `codebook` (the file),
-and `evaluate`, which does all of it with whole sources left out.
+Needs the ``[calibrate]`` extra. The stages are `corpus` (rows of text), `activations` (`windows`
+of them, cached on disk), `fit` (components and directions, a `scorer`), `null` (p-values),
+`codebook` (the file), and `evaluate`, which does all of it with whole sources left out
+(`crossfit`).
 """
 
 from __future__ import annotations

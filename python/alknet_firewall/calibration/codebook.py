@@ -20,8 +20,9 @@ from .activations import Layout, Learned
 from .corpus import Row, sha256_of
 from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
 from .evaluate import quality
-from .fit import FitOptions, Scorer, fit_scorer, largest_logits, project, project_closing
+from .fit import FitOptions, fit_scorer
 from .null import LENGTH_CLASSES, component_cdf
+from .scorer import Scorer, largest_logits, project, project_closing
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

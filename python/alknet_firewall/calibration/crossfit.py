@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .corpus import FOLDS, Row, for_other_languages, is_authored
-from .fit import FitOptions, Group, Labels, Moments, Windows, fit_scorer, group_moments
+from .fit import FitOptions, fit_scorer
 from .null import null_splines
+from .windows import Group, Labels, Moments, Windows, group_moments
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -33,38 +33,26 @@ them, the models of each longer scale and of readouts, and last those of the oth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 from scipy.linalg import solve_triangular
 from sklearn.linear_model import LogisticRegression
+
+from .scorer import Directions, Scorer, project
+from .windows import Group, Labels, Moments, Windows, group_moments
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-# Source and kind of texts, and whether they are attacks.
-Group = tuple[str, str, bool]
-
 # Windows chosen from texts: the text, and the rows of its windows.
 _Chosen = list[tuple[int, Ints]]
 
-__all__ = [
-    "FitOptions",
-    "Group",
-    "Labels",
-    "Moments",
-    "Scorer",
-    "Windows",
-    "fit_scorer",
-    "group_moments",
-    "largest_logits",
-    "pool",
-]
+__all__ = ["FitOptions", "fit_scorer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,257 +88,6 @@ class FitOptions:
     foreign_shift: float = -4.9
     # Fewest attacks in other languages from which they get a direction.
     foreign_attacks: int = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What is known of the texts.
-
-    Attributes
-    ----------
-    attack : ndarray
-        Bool ``(n_texts,)``.
-    groups : sequence
-        Of every text.
-    documents : frozenset
-        Groups of public documents.
-    foreign : ndarray
-        Bool ``(n_texts,)``: known to be in another language than English.
-    apart : ndarray
-        Bool ``(n_texts,)``: take part in the direction of other languages alone.
-    """
-
-    attack: Bools
-    groups: Sequence[Group]
-    documents: frozenset[Group]
-    foreign: Bools
-    apart: Bools
-
-    def of(self, texts: Ints) -> list[Group]:
-        """Groups of some texts."""
-        return [self.groups[int(t)] for t in texts]
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """Window means with the text each belongs to.
-
-    Attributes
-    ----------
-    x : ndarray
-        ``(n_windows, width)``, any float type.
-    starts : ndarray
-        ``(n_texts + 1,)``: text ``i`` owns rows ``starts[i]`` to ``starts[i + 1]``.
-    closing : ndarray, optional
-        ``(n_closings, width)``: readouts of the texts, text by text.
-    closed_by : ndarray, optional
-        ``(n_windows,)``: the row of ``closing`` that is the first after each window.
-    """
-
-    x: npt.NDArray[Any]
-    starts: Ints
-    closing: npt.NDArray[Any] | None = None
-    closed_by: Ints | None = None
-
-    def rows(self, texts: npt.NDArray[Any]) -> Ints:
-        """Window rows of some texts, text by text."""
-        spans = [np.arange(self.starts[t], self.starts[t + 1]) for t in texts]
-        return np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
-
-    def blocks(self, rows: Ints, size: int) -> Iterator[npt.NDArray[Any]]:
-        """Some rows, so many at a time: a copy of all at once may not fit in memory."""
-        return (self.x[rows[start : start + size]] for start in range(0, len(rows), size))
-
-    def closings(self) -> Windows:
-        """The readouts of every text as its windows."""
-        assert self.closing is not None
-        assert self.closed_by is not None
-        return Windows(self.closing, np.append(self.closed_by[self.starts[:-1]], len(self.closing)))
-
-    def runs(self, n: int) -> Windows:
-        """Means of every ``n`` consecutive windows; a text of fewer is one run."""
-        if n == 1:
-            return self
-        lengths = np.diff(self.starts)
-        counts = np.maximum(lengths - n + 1, 1)
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        x = np.empty((starts[-1], self.x.shape[1]), self.x.dtype)
-        for t, (first, last) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
-            own = self.x[first:last].astype(np.float32)
-            run = x[starts[t] : starts[t + 1]]
-            size = min(n, len(own))
-            run[:] = sum(own[i : i + len(run)] for i in range(size)) / size
-        return Windows(x, starts)
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """Number, mean and covariance of the windows of one group."""
-
-    n: int
-    mean: Array
-    covariance: Array
-
-    @classmethod
-    def of(cls, windows: Windows, rows: Ints) -> Moments:
-        """Moments of some rows."""
-        total = np.zeros(windows.x.shape[1])
-        outer = np.zeros((windows.x.shape[1], windows.x.shape[1]))
-        centre = windows.x[rows[:256]].astype(np.float32).mean(axis=0)
-        for taken in windows.blocks(rows, 16384):
-            block = taken.astype(np.float32) - centre
-            total += block.sum(axis=0, dtype=np.float64)
-            outer += block.T @ block
-        offset = total / len(rows)
-        covariance = outer / len(rows) - np.outer(offset, offset)
-        return cls(len(rows), centre + offset, covariance)
-
-
-@dataclass(frozen=True, slots=True)
-class _Directions:
-    """A model of windows: ``logit = weights · (components @ (x − mean)) + bias``.
-
-    Attributes
-    ----------
-    mean : ndarray
-        ``(width,)``.
-    components : ndarray
-        ``(n_components, width)``, whitening folded in; each row's largest entry is positive.
-    weights : ndarray
-        ``(n_components,)``.
-    bias : float
-    """
-
-    mean: Array
-    components: Array
-    weights: Array
-    bias: float
-
-    def oriented(self) -> _Directions:
-        """The same logits, the largest entry of each component positive."""
-        largest = np.abs(self.components).argmax(axis=1)
-        signs = np.sign(self.components[np.arange(len(self.components)), largest])
-        components = self.components * signs[:, None]
-        return _Directions(self.mean, components, self.weights * signs, self.bias)
-
-    def logits(self, windows: Windows, rows: Ints) -> Array:
-        """Log-odds ``(len(rows),)`` of some rows."""
-        along = self.weights @ self.components
-        return project(self.mean, along[None], windows, rows)[:, 0] + self.bias
-
-
-@dataclass(frozen=True, slots=True)
-class Scorer:
-    """The scored directions of frames, with ``z = components @ (x − mean)`` of their windows.
-
-    ``logit[d] = Σ_s max_r mean_{w in r}(weights[s, d] · z_w) + bias[d]``, ``r`` its runs of scale
-    ``s``; where there are readouts, with ``weights[-1, d] · z`` of the first after it
-    besides.
-
-    Attributes
-    ----------
-    mean : ndarray
-        ``(width,)``.
-    components : ndarray
-        ``(n_components, width)``, whitening folded in; each row's largest entry is positive.
-    weights : ndarray
-        ``(n_scales (+ 1), n_directions, n_components)``.
-    bias : ndarray
-        ``(n_directions,)``.
-    scales : tuple of int
-        Windows of a run; a frame is a run of the last.
-    """
-
-    mean: Array
-    components: Array
-    weights: Array
-    bias: Array
-    scales: tuple[int, ...]
-
-    def largest(self, windows: Windows, texts: npt.NDArray[Any]) -> Array:
-        """Largest logit of some texts, ``(len(texts),)``."""
-        rows = windows.rows(texts)
-        z = project(self.mean, self.components, windows, rows)
-        lengths = np.diff(windows.starts)[texts]
-        closing = project_closing(self.mean, self.components, windows, rows)
-        return largest_logits(z, lengths, self.weights, self.bias, self.scales, closing)
-
-
-def largest_logits(
-    z: Array,
-    lengths: Ints,
-    weights: Array,
-    bias: Array,
-    scales: Sequence[int],
-    closing: Array | None,
-) -> Array:
-    """Largest log-odds over the frames of every text and some directions, see `Scorer`.
-
-    ``z`` and ``closing`` are those of the windows and of what closes each.
-    """
-    ends = np.zeros((len(z), len(bias))) if closing is None else closing @ weights[-1].T
-    directions = weights[: len(scales)].swapaxes(0, 1)
-    pooled = [
-        pool(z @ w.T, lengths, scales, end) for w, end in zip(directions, ends.T, strict=True)
-    ]
-    result: Array = (np.stack(pooled, axis=1) + bias).max(axis=1)
-    return result
-
-
-def project_closing(mean: Array, components: Array, windows: Windows, rows: Ints) -> Array | None:
-    """Projections ``(len(rows), n_components)`` of what closes some windows, if anything does."""
-    if windows.closed_by is None:
-        return None
-    own, places = np.unique(windows.closed_by[rows], return_inverse=True)
-    return project(mean, components, windows.closings(), own)[places]
-
-
-def project(mean: Array, components: Array, windows: Windows, rows: Ints) -> Array:
-    """Projections ``(len(rows), n_components)`` of some rows."""
-    along, centre = components.T.astype(np.float32), mean.astype(np.float32)
-    blocks = [
-        ((block.astype(np.float32) - centre) @ along).astype(np.float64)
-        for block in windows.blocks(rows, 65536)
-    ]
-    return np.concatenate(blocks) if blocks else np.empty((0, len(components)))
-
-
-def pool(terms: Array, lengths: Ints, scales: Sequence[int], ends: Array) -> Array:
-    """Largest frame of every text: the sum, over scales, of the largest mean of a run in it.
-
-    What its last window has in ``ends`` is added to a frame.
-
-    Parameters
-    ----------
-    terms : ndarray
-        ``(n_windows, n_scales)``, text by text.
-    lengths : ndarray
-        Windows of every text, ``(n_texts,)``.
-    scales : sequence of int
-        Windows of a run, rising; a frame is a run of the last. A text of fewer is one run.
-    ends : ndarray
-        ``(n_windows,)``.
-    """
-    largest = np.empty(len(lengths))
-    end = 0
-    for t, length in enumerate(lengths):
-        start, end = end, end + length
-        frame = min(scales[-1], length)
-        total = ends[start + frame - 1 : end].copy()
-        for scale, own in zip(scales, terms[start:end].T, strict=True):
-            run = min(scale, frame)
-            means = sliding_window_view(own, run).mean(axis=1)
-            total += sliding_window_view(means, frame - run + 1).max(axis=1)
-        largest[t] = total.max()
-    return largest
-
-
-def group_moments(windows: Windows, labels: Labels, texts: Ints) -> dict[Group, Moments]:
-    """Moments of the windows of every group among some texts."""
-    own: dict[Group, list[int]] = {}
-    for t in texts:
-        own.setdefault(labels.groups[t], []).append(int(t))
-    return {g: Moments.of(windows, windows.rows(np.array(ts))) for g, ts in own.items()}
 
 
 def fit_scorer(
@@ -400,7 +137,7 @@ class _Part(NamedTuple):
     directions: slice
     scale: int
     share: float
-    model: _Directions
+    model: Directions
 
 
 def _together(parts: Sequence[_Part], n_scales: int, options: FitOptions) -> Scorer:
@@ -427,7 +164,7 @@ def _fit(
     texts: Ints,
     options: FitOptions,
     moments: Mapping[Group, Moments],
-) -> _Directions:
+) -> Directions:
     """Fit one model on some texts."""
     attack = labels.attack[texts]
     benign, attacks = texts[~attack], texts[attack]
@@ -436,7 +173,7 @@ def _fit(
     positives = _spread(windows, attacks, len(windows.x))
     spread = _spread(windows, benign, options.windows_per_text)
     hard: _Chosen = []
-    fitted: _Directions | None = None
+    fitted: Directions | None = None
     for _ in range(options.rounds):
         if fitted is not None:
             positives = _best(windows, attacks, fitted, options.attack_windows)
@@ -456,12 +193,12 @@ def _fit(
         model.fit(project(mean, features, windows, rows), dangerous, sample_weight=weights)
         components, along = _fold(vectors, model.coef_[0] * values, options.n_components)
         bias = float(model.intercept_[0])
-        fitted = _Directions(mean, components @ whiten, along, bias).oriented()
+        fitted = Directions(mean, components @ whiten, along, bias).oriented()
     assert fitted is not None
     return fitted
 
 
-def _fit_foreign(windows: Windows, labels: Labels, texts: Ints, options: FitOptions) -> _Directions:
+def _fit_foreign(windows: Windows, labels: Labels, texts: Ints, options: FitOptions) -> Directions:
     """Fit a model of attacks in other languages: one direction.
 
     They count for half, ordinary text in other languages and in English for a quarter each.
@@ -474,7 +211,7 @@ def _fit_foreign(windows: Windows, labels: Labels, texts: Ints, options: FitOpti
     positives = _spread(windows, attacks, options.windows_per_text)
     ordinary = [_spread(windows, native, 8), _spread(windows, other, 3)]
     hard: list[_Chosen] = [[], []]
-    fitted: _Directions | None = None
+    fitted: Directions | None = None
     for _ in range(options.rounds):
         if fitted is not None:
             positives = _best(windows, attacks, fitted, options.attack_windows)
@@ -492,7 +229,7 @@ def _fit_foreign(windows: Windows, labels: Labels, texts: Ints, options: FitOpti
             sample_weight=np.concatenate(weights),
         )
         components, along = _fold(whiten, model.coef_[0], 1)
-        fitted = _Directions(mean, components, along, float(model.intercept_[0])).oriented()
+        fitted = Directions(mean, components, along, float(model.intercept_[0])).oriented()
     assert fitted is not None
     return fitted
 
@@ -520,7 +257,7 @@ def _spread(windows: Windows, texts: Ints, most: int) -> _Chosen:
     return chosen
 
 
-def _best(windows: Windows, texts: Ints, model: _Directions, n: int) -> _Chosen:
+def _best(windows: Windows, texts: Ints, model: Directions, n: int) -> _Chosen:
     """The ``n`` windows of every text that score highest."""
     logits = model.logits(windows, windows.rows(texts))
     chosen, end = [], 0

@@ -22,8 +22,9 @@ from .codebook import compile_codebook, recalibrate
 from .corpus import Row, for_other_languages, read_corpora, row_from
 from .crossfit import Corpus
 from .evaluate import evaluate
-from .fit import FitOptions, Windows
+from .fit import FitOptions
 from .readouts import learned_readouts
+from .windows import Windows
 
 __all__ = [
     "calibrate",
