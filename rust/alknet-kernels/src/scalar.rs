@@ -257,7 +257,11 @@ pub(crate) unsafe fn finish_linear<const ADD: bool>(
     for (row, tile) in tile.chunks_exact(columns).enumerate() {
         // SAFETY: this function's contract.
         let out = unsafe { place.row(row, width) };
-        for_lanes(out, &tile[..width], |out, x| if ADD { out + x } else { x });
+        if ADD {
+            out.iter_mut().zip(&tile[..width]).for_each(|(out, x)| *out += x);
+        } else {
+            copy(&tile[..width], out);
+        }
     }
 }
 
@@ -279,7 +283,7 @@ pub(crate) unsafe fn finish_gate_up(tile: &[f32], columns: usize, width: usize, 
             for (product, (gate, up)) in product.iter_mut().zip(gates.iter().zip(ups)) {
                 *product = silu_mul(*gate, *up);
             }
-            for_lanes(out, &product[..out.len()], |_, x| x);
+            copy(&product[..out.len()], out);
         }
     }
 }
@@ -308,7 +312,7 @@ pub(crate) unsafe fn finish_qkv(
         for ((head, out), scale) in numbers.zip(heads.scales) {
             match scale {
                 Some(scale) => rope(&head[..dim], cos, sin, *scale, out),
-                None => for_lanes(out, &head[..dim], |_, x| bf16(x)),
+                None => out.iter_mut().zip(&head[..dim]).for_each(|(out, x)| *out = bf16(*x)),
             }
         }
     }
@@ -323,20 +327,14 @@ pub(crate) struct TileHeads<'a> {
     pub(crate) scales: &'a [Option<f32>],
 }
 
-/// `out = f(out, x)`, most of it in whole vectors: for short rows a call of `memcpy` costs more than copying.
-#[inline(always)]
-fn for_lanes(out: &mut [f32], x: &[f32], f: impl Fn(f32, f32) -> f32) {
-    let ((x, x_rest), (out, out_rest)) = (x.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
-    for (out, x) in out.iter_mut().zip(x) {
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = f(*out, *x));
-    }
-    out_rest.iter_mut().zip(x_rest).for_each(|(out, x)| *out = f(*out, *x));
-}
-
-/// Copies a short row.
+/// Copies a short row in whole vectors: a call of `memcpy` costs more than copying.
 #[inline(always)]
 pub(crate) fn copy(x: &[f32], out: &mut [f32]) {
-    for_lanes(out, x, |_, x| x);
+    let ((x, x_rest), (out, out_rest)) = (x.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
+    for (out, x) in out.iter_mut().zip(x) {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = *x);
+    }
+    out_rest.iter_mut().zip(x_rest).for_each(|(out, x)| *out = *x);
 }
 
 /// Rotates one head (pairs `i`, `i + head_dim/2`), multiplies it by `scale` and rounds it to bf16.
