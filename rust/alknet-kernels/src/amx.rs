@@ -49,7 +49,6 @@ pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
         is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512bf16")
             && cpu_has_tiles()
             && system_saves_tiles()
             && permission()

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
-use crate::{amx, avx2, avx512, avxvnni};
+use crate::{amx, avx2, avx512, avx512bf16, avxvnni};
 use crate::{
     attention::{AttentionTask, Portable, attention},
     isa::{Isa, UnsupportedIsa},
@@ -175,6 +175,8 @@ impl Kernels {
         Ok(match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Amx => &amx::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => &avx512bf16::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]

@@ -16,7 +16,7 @@
 //! |---|---|
 //! | `isa.rs` | which instruction sets this CPU has |
 //! | `scalar.rs`, `attention.rs` | what every kernel computes, written so that LLVM vectorises it |
-//! | `avx2.rs`, `avxvnni.rs`, `avx512.rs`, `amx.rs` | the same kernels, with intrinsics where LLVM falls short |
+//! | `avx2.rs`, `avxvnni.rs`, `avx512.rs`, `avx512bf16.rs`, `amx.rs` | the same kernels, with intrinsics where LLVM falls short |
 //! | `avx512/sums.rs` | sums of products of bytes, in assembly |
 //! | `amx/products.rs`, `amx/attention.rs`, `amx/rotation.rs`, `amx/tiles.rs` | linear products, attention and rotation on AMX tiles, and the tiles |
 //! | `bf16.rs` | attention's product of bf16 numbers that `avx2.rs` and `avx512.rs` share |
@@ -39,6 +39,8 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512bf16;
 #[cfg(target_arch = "x86_64")]
 mod avxvnni;
 #[cfg(target_arch = "x86_64")]
