@@ -89,6 +89,25 @@ pub(crate) struct Operand<'a> {
 
 /// What instruction sets have kernels of their own for.
 pub(crate) trait Arithmetic {
+    /// The left side of products, as [`Arithmetic::product`] wants it; `room` is for a copy.
+    ///
+    /// # Shapes
+    /// - `size`: `[rows, depth]`
+    #[inline(always)]
+    fn left<'a>(a: Operand<'a>, size: [usize; 2], room: &'a mut Lines<f32>) -> Operand<'a> {
+        let _ = (size, room);
+        a
+    }
+
+    /// The right side of products, as [`Arithmetic::product`] wants it, in the same place.
+    ///
+    /// # Shapes
+    /// - `b`: `[depth, n]`, or longer
+    #[inline(always)]
+    fn right(b: &mut [f32], depth: usize, n: usize) -> &[f32] {
+        &b[..depth * n]
+    }
+
     /// `c = a · b`, or `c += a · b` when `ADD`, by steps of [`STEP`] from the first place on (see [`add_product`]).
     ///
     /// # Shapes
@@ -116,6 +135,39 @@ pub(crate) struct AttentionScratch {
     blocks: Vec<QueryBlock>,
     /// `[KEY_BLOCK, n]`.
     scores: Lines<f32>,
+    keys: Lines<f32>,
+    values: Lines<f32>,
+}
+
+/// Keys and values of some positions, the left sides of products.
+struct KeyBlock<'a> {
+    /// Position of the first one.
+    start: usize,
+    keys: Operand<'a>,
+    values: Operand<'a>,
+}
+
+impl<'a> KeyBlock<'a> {
+    /// The block of positions from `start` on, up to `seen`.
+    #[inline(always)]
+    fn new<A: Arithmetic>(
+        task: &AttentionTask<'a>,
+        start: usize,
+        seen: usize,
+        [keys, values]: [&'a mut Lines<f32>; 2],
+    ) -> Self {
+        let (len, dim, row) = (KEY_BLOCK.min(seen - start), task.head_dim, task.stride);
+        let operand = |numbers: &'a [f32], row, column| Operand {
+            numbers: &numbers[start * task.stride..],
+            row,
+            column,
+        };
+        Self {
+            start,
+            keys: A::left(operand(task.keys, row, 1), [len, dim], keys),
+            values: A::left(operand(task.values, 1, row), [dim, len], values),
+        }
+    }
 }
 
 /// Queries that are multiplied together: `n` of them, rounded up to whole vectors.
@@ -124,8 +176,9 @@ struct QueryBlock {
     /// Tokens of the task.
     tokens: Range<usize>,
     n: usize,
-    /// `[head_dim, n]`, and more.
+    /// `[head_dim, n]`, and more; of which the first `ready` are the right side of a product.
     columns: Lines<f32>,
+    ready: usize,
     /// `[head_dim, n]`, and more.
     sums: Lines<f32>,
     softmax: Softmax,
@@ -161,6 +214,7 @@ impl QueryBlock {
         }
         let position = |i| (task.seen(tokens.start + i % len) - 1) as u32;
         self.softmax.reset((0..n).map(position));
+        self.ready = A::right(&mut self.columns, dim, n).len();
         (self.tokens, self.n) = (tokens, n);
     }
 
@@ -169,45 +223,53 @@ impl QueryBlock {
         task.seen(self.tokens.end - 1)
     }
 
-    /// Scores of the block of keys from `start` on, up to the last one that anybody in the block sees.
+    /// Scores of a block of keys, up to the last one that anybody here sees; returns how many keys that are.
     #[inline(always)]
-    fn score<'a, A: Arithmetic>(
+    fn score<A: Arithmetic>(
         &self,
         task: &AttentionTask<'_>,
-        start: usize,
-        scores: &'a mut [f32],
-    ) -> &'a mut [f32] {
-        let scores = &mut scores[..KEY_BLOCK.min(self.end(task) - start) * self.n];
-        let keys =
-            Operand { numbers: &task.keys[start * task.stride..], row: task.stride, column: 1 };
-        A::product::<false>(&keys, &self.columns[..task.head_dim * self.n], self.n, scores);
-        scores
+        block: &KeyBlock<'_>,
+        scores: &mut [f32],
+    ) -> usize {
+        let keys = KEY_BLOCK.min(self.end(task) - block.start);
+        let scores = &mut scores[..keys * self.n];
+        A::product::<false>(&block.keys, &self.columns[..self.ready], self.n, scores);
+        keys
     }
 
-    /// Adds the keys from `start` on. With the first of them the sums begin: what they held is another
-    /// task's.
+    /// Adds a block of keys. With the first of them the sums begin: what they held is another task's.
     #[inline(always)]
-    fn add<A: Arithmetic>(&mut self, task: &AttentionTask<'_>, start: usize, scores: &mut [f32]) {
-        let scores = self.score::<A>(task, start, scores);
-        self.softmax.weigh::<A>(scores, self.n, start);
-        let values =
-            Operand { numbers: &task.values[start * task.stride..], row: 1, column: task.stride };
+    fn add<A: Arithmetic>(
+        &mut self,
+        task: &AttentionTask<'_>,
+        block: &KeyBlock<'_>,
+        scores: &mut [f32],
+    ) {
+        let keys = self.score::<A>(task, block, scores);
+        self.softmax.weigh::<A>(&mut scores[..keys * self.n], self.n, block.start);
+        let weights = A::right(scores, keys, self.n);
         let sums = &mut self.sums[..task.head_dim * self.n];
-        if start == 0 {
-            A::product::<false>(&values, scores, self.n, sums);
+        if block.start == 0 {
+            A::product::<false>(&block.values, weights, self.n, sums);
         } else {
-            A::product::<true>(&values, scores, self.n, sums);
+            A::product::<true>(&block.values, weights, self.n, sums);
         }
     }
 
     /// Starts again with the largest scores as references of the columns that are out of range.
     #[cold]
-    fn refer_to_largest<A: Arithmetic>(&mut self, task: &AttentionTask<'_>, scores: &mut [f32]) {
-        let n = self.n;
+    fn refer_to_largest<A: Arithmetic>(
+        &mut self,
+        task: &AttentionTask<'_>,
+        scores: &mut [f32],
+        [keys, values]: [&mut Lines<f32>; 2],
+    ) {
+        let (n, end) = (self.n, self.end(task));
         let mut largest = vec![f32::NEG_INFINITY; n];
-        for start in (0..self.end(task)).step_by(KEY_BLOCK) {
-            let scores = self.score::<A>(task, start, scores);
-            for (key, row) in scores.chunks_exact(n).enumerate() {
+        for start in (0..end).step_by(KEY_BLOCK) {
+            let block = KeyBlock::new::<A>(task, start, end, [&mut *keys, &mut *values]);
+            let seen = self.score::<A>(task, &block, scores);
+            for (key, row) in scores[..seen * n].chunks_exact(n).enumerate() {
                 for (i, score) in row.iter().enumerate() {
                     if start + key <= self.softmax.positions[i] as usize {
                         // NaN is passed over here; it comes back with the weights.
@@ -304,13 +366,16 @@ impl Softmax {
 /// - `out`: `[heads, tokens, head_dim]`
 #[inline(always)]
 pub(crate) fn attention<A: Arithmetic>(task: &AttentionTask<'_>, out: &mut [f32]) {
-    SCRATCH.with_borrow_mut(|scratch| attention_in::<A>(scratch, task, out));
+    // Not in a closure, which would be compiled for the instruction set of all.
+    let mut scratch = SCRATCH.take();
+    attention_in::<A>(&mut scratch, task, out);
+    SCRATCH.set(scratch);
 }
 
 /// [`attention`] with a place for what is computed.
 #[inline(always)]
 fn attention_in<A: Arithmetic>(
-    AttentionScratch { blocks: all, scores }: &mut AttentionScratch,
+    AttentionScratch { blocks: all, scores, keys, values }: &mut AttentionScratch,
     task: &AttentionTask<'_>,
     out: &mut [f32],
 ) {
@@ -327,15 +392,18 @@ fn attention_in<A: Arithmetic>(
     scores.grow(KEY_BLOCK * widest);
     let seen = blocks.last().map_or(0, |last| last.end(task));
     for start in (0..seen).step_by(KEY_BLOCK) {
-        for queries in blocks.iter_mut().filter(|block| start < block.end(task)) {
-            queries.add::<A>(task, start, scores);
+        let block = KeyBlock::new::<A>(task, start, seen, [keys, values]);
+        for queries in blocks.iter_mut().filter(|queries| start < queries.end(task)) {
+            queries.add::<A>(task, &block, scores);
         }
     }
     for queries in blocks {
         if !queries.softmax.in_range() {
-            queries.refer_to_largest::<A>(task, scores);
-            for start in (0..queries.end(task)).step_by(KEY_BLOCK) {
-                queries.add::<A>(task, start, scores);
+            queries.refer_to_largest::<A>(task, scores, [keys, values]);
+            let end = queries.end(task);
+            for start in (0..end).step_by(KEY_BLOCK) {
+                let block = KeyBlock::new::<A>(task, start, end, [keys, values]);
+                queries.add::<A>(task, &block, scores);
             }
         }
         queries.finish::<A>(task, out);
@@ -366,18 +434,26 @@ fn weigh_columns<A: Arithmetic, const MASKED: bool>(
 ) {
     // Copies, which stay in registers.
     let mut sums = totals.each_ref().map(|total| **total);
-    for (j, rows) in scores.chunks_mut(2 * n).enumerate() {
-        for (odd, (row, sum)) in rows.chunks_exact_mut(n).zip(&mut sums).enumerate() {
-            let row = lanes_mut(row, first);
-            if MASKED {
-                A::hide(row, positions, (start + 2 * j + odd) as u32);
-            }
-            for i in 0..LANES {
-                let weight = exp2(row[i] - references[i]);
-                sum[i] += weight;
-                row[i] = f32::from_bits(weight.to_bits() & UPPER_HALF);
-            }
+    let weigh = |row: &mut [f32], key: usize, sum: &mut [f32; LANES]| {
+        let row = lanes_mut(row, first);
+        if MASKED {
+            A::hide(row, positions, key as u32);
         }
+        for i in 0..LANES {
+            let weight = exp2(row[i] - references[i]);
+            sum[i] += weight;
+            row[i] = f32::from_bits(weight.to_bits() & UPPER_HALF);
+        }
+    };
+    let [even, odd] = &mut sums;
+    let mut key = start;
+    let mut rows = scores.chunks_exact_mut(n);
+    while let Some(row) = rows.next() {
+        weigh(row, key, even);
+        if let Some(row) = rows.next() {
+            weigh(row, key + 1, odd);
+        }
+        key += 2;
     }
     totals.into_iter().zip(sums).for_each(|(total, sum)| *total = sum);
 }

@@ -4,7 +4,7 @@
 //! first, and rounds after each. With numbers `k` and `k + 2` as a pair a sum takes those at even places, or at
 //! odd ones, each in turn: the specification's order (see [`crate::scalar::add_product`]).
 
-use std::{arch::x86_64::*, cell::RefCell};
+use std::{arch::x86_64::*, mem::transmute};
 
 use crate::{
     attention::{self, Arithmetic, AttentionTask, Operand},
@@ -28,14 +28,52 @@ fn attention(task: &AttentionTask<'_>, out: &mut [f32]) {
     attention::attention::<Pairs>(task, out);
 }
 
-/// Attention's products, of which each instruction makes 32.
+/// Attention's products, of which each instruction makes 32; both sides hold pairs in place of fp32 numbers.
 struct Pairs;
 
 impl Arithmetic for Pairs {
+    /// Pair `p` of row `i` is `numbers[i · row + p · column]`.
+    #[inline(always)]
+    fn left<'a>(
+        a: Operand<'a>,
+        [rows, depth]: [usize; 2],
+        room: &'a mut Lines<f32>,
+    ) -> Operand<'a> {
+        // SAFETY: only this file's `attention` uses this type, on a CPU with AVX-512 BF16.
+        unsafe {
+            if a.column == 1 {
+                let numbers = pair_columns(a.numbers, a.row, rows, depth, room);
+                Operand { numbers, row: numbers.len() / rows, column: 1 }
+            } else {
+                assert_eq!(a.row, 1, "one side of an operand is dense");
+                let width = rows.next_multiple_of(LANES);
+                let pairs = depth.div_ceil(FOUR) * 2;
+                room.grow(pairs * width);
+                let out = &mut room[..pairs * width];
+                assert!(a.numbers.len() >= (depth - 1) * a.column + rows);
+                pair_rows(a.numbers.as_ptr(), a.column, [depth, rows], out.as_mut_ptr());
+                Operand { numbers: out, row: 1, column: width }
+            }
+        }
+    }
+
+    /// `[pairs, n]`.
+    #[inline(always)]
+    fn right(b: &mut [f32], depth: usize, n: usize) -> &[f32] {
+        let pairs = depth.div_ceil(FOUR) * 2;
+        assert!(n.is_multiple_of(LANES) && b.len() >= n * depth.max(pairs));
+        // SAFETY: as above. Pairs are written where the numbers read before were, or ahead of them.
+        unsafe {
+            let b = b.as_mut_ptr();
+            pair_rows(b, n, [depth, n], b);
+        }
+        &b[..pairs * n]
+    }
+
     #[inline(always)]
     fn product<const ADD: bool>(a: &Operand<'_>, b: &[f32], n: usize, c: &mut [f32]) {
-        // SAFETY: only this file's `attention` uses this type, on a CPU with AVX-512 BF16.
-        SCRATCH.with_borrow_mut(|scratch| unsafe { product::<ADD>(scratch, a, b, n, c) });
+        // SAFETY: as above.
+        unsafe { product::<ADD>(a, b, n, c) }
     }
 
     #[inline(always)]
@@ -57,128 +95,61 @@ impl Arithmetic for Pairs {
     }
 }
 
-/// Both sides of a product in pairs.
-#[derive(Default)]
-struct Scratch {
-    a: Lines<u32>,
-    b: Lines<u32>,
-}
-
-thread_local! {
-    /// Some 50 KiB per thread.
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// The left side of a product in pairs: pair `p` of row `i` is `pairs[i · row + p · column]`.
-#[derive(Clone, Copy)]
-struct PairedOperand<'a> {
-    pairs: &'a [u32],
-    row: usize,
-    column: usize,
-}
-
-/// [`Arithmetic::product`].
-#[inline]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512bf16")]
-fn product<const ADD: bool>(
-    scratch: &mut Scratch,
-    a: &Operand<'_>,
-    b: &[f32],
-    n: usize,
-    c: &mut [f32],
-) {
-    let (rows, depth) = (c.len() / n, b.len() / n);
-    let b = pair_rows(b, n, (depth, n), &mut scratch.b);
-    let a = if a.row == 1 {
-        let pairs = pair_rows(a.numbers, a.column, (depth, rows), &mut scratch.a);
-        PairedOperand { pairs, row: 1, column: rows.next_multiple_of(LANES) }
-    } else {
-        assert_eq!(a.column, 1, "one side of an operand is dense");
-        let pairs = pair_columns(a.numbers, a.row, (rows, depth), &mut scratch.a);
-        PairedOperand { pairs, row: pairs.len() / rows, column: 1 }
-    };
-    let mut column = 0;
-    while column < n {
-        let width = ((n - column) / LANES).min(3);
-        let (b, c) = (&b[column..], &mut c[column..]);
-        match width {
-            1 => columns::<ADD, 1>(a, b, n, c),
-            2 => columns::<ADD, 2>(a, b, n, c),
-            _ => columns::<ADD, 3>(a, b, n, c),
-        }
-        column += width * LANES;
-    }
-}
-
-/// Numbers of rows `k` and `k + 2` as pairs, the former above: `[pairs, columns]`, columns rounded up to
-/// whole vectors, rows filled up with zeros.
+/// Numbers of rows `k` and `k + 2` as pairs: `[pairs, columns]`, rows filled up with zeros to a multiple of four,
+/// columns to whole vectors. The output may be the input.
 ///
-/// # Shapes
-/// - `x`: rows `stride` apart; `size`: rows and columns of it
+/// # Safety
+/// There must be rows of `columns` numbers, `stride` apart, and room for the pairs.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn pair_rows<'a>(
-    x: &[f32],
-    stride: usize,
-    (rows, columns): (usize, usize),
-    out: &'a mut Lines<u32>,
-) -> &'a [u32] {
-    let (fours, width) = (rows.div_ceil(FOUR), columns.next_multiple_of(LANES));
-    out.grow(fours * 2 * width);
-    let out = &mut out[..fours * 2 * width];
-    assert!(rows > 0 && x.len() >= (rows - 1) * stride + columns);
-    for (four, out) in out.chunks_exact_mut(2 * width).enumerate() {
+unsafe fn pair_rows(x: *const f32, stride: usize, [rows, columns]: [usize; 2], out: *mut f32) {
+    let width = columns.next_multiple_of(LANES);
+    for four in 0..rows.div_ceil(FOUR) {
         for column in (0..columns).step_by(LANES) {
             let mask = first_lanes(columns - column);
-            // SAFETY: what is loaded lies within rows and columns, as asserted; the output has whole vectors.
+            // SAFETY: this function's contract.
             unsafe {
                 let [a, b, c, d] = std::array::from_fn(|i| {
                     let row = FOUR * four + i;
                     let mask = if row < rows { mask } else { 0 };
-                    _mm512_maskz_loadu_epi32(
-                        mask,
-                        x.as_ptr().wrapping_add(row * stride + column).cast(),
-                    )
+                    _mm512_maskz_loadu_epi32(mask, x.wrapping_add(row * stride + column).cast())
                 });
-                _mm512_storeu_si512(out.as_mut_ptr().add(column).cast(), pairs(a, c));
-                _mm512_storeu_si512(out.as_mut_ptr().add(width + column).cast(), pairs(b, d));
+                let out = out.add(2 * four * width + column);
+                _mm512_storeu_si512(out.cast(), pairs(a, c));
+                _mm512_storeu_si512(out.add(width).cast(), pairs(b, d));
             }
         }
     }
-    out
 }
 
-/// Numbers `k` and `k + 2` of each row as pairs, the former above: `[rows, pairs]`, filled up with zeros to
-/// whole vectors.
+/// Numbers `k` and `k + 2` of each row as pairs: `[rows, pairs]`, filled up with zeros to whole vectors.
 ///
 /// # Shapes
-/// - `x`: rows `stride` apart; `size`: rows and columns of it
+/// - `x`: rows `stride` apart, of `columns` numbers
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn pair_columns<'a>(
     x: &[f32],
     stride: usize,
-    (rows, columns): (usize, usize),
-    out: &'a mut Lines<u32>,
-) -> &'a [u32] {
+    rows: usize,
+    columns: usize,
+    out: &'a mut Lines<f32>,
+) -> &'a [f32] {
     let width = columns.div_ceil(STEP) * STEP_PAIRS;
     out.grow(rows * width);
     let out = &mut out[..rows * width];
-    assert!(rows > 0 && x.len() >= (rows - 1) * stride + columns);
+    assert!(x.len() >= (rows - 1) * stride + columns);
     for (row, out) in out.chunks_exact_mut(width).enumerate() {
         for (step, out) in out.as_chunks_mut::<STEP_PAIRS>().0.iter_mut().enumerate() {
-            // SAFETY: what is loaded lies within rows and columns, as asserted; the output is a vector.
-            unsafe {
-                let [low, high] = [0, LANES].map(|half| {
-                    let column = step * STEP + half;
-                    let mask = first_lanes(columns.saturating_sub(column));
-                    _mm512_maskz_loadu_epi32(
-                        mask,
-                        x.as_ptr().wrapping_add(row * stride + column).cast(),
-                    )
-                });
-                _mm512_storeu_si512(out.as_mut_ptr().cast(), pair_neighbours(low, high));
-            }
+            let [low, high] = [0, LANES].map(|half| {
+                let column = step * STEP + half;
+                let mask = first_lanes(columns.saturating_sub(column));
+                let x = x.as_ptr().wrapping_add(row * stride + column);
+                // SAFETY: the mask's lanes lie within rows and columns, as asserted.
+                unsafe { _mm512_maskz_loadu_epi32(mask, x.cast()) }
+            });
+            // SAFETY: the output is a vector.
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pair_neighbours(low, high)) };
         }
     }
     out
@@ -205,27 +176,39 @@ fn pair_neighbours(low: __m512i, high: __m512i) -> __m512i {
     pairs(_mm512_permutex2var_epi32(low, first, high), _mm512_permutex2var_epi32(low, second, high))
 }
 
+/// [`Arithmetic::product`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn product<const ADD: bool>(a: &Operand<'_>, b: &[f32], n: usize, c: &mut [f32]) {
+    let mut column = 0;
+    while column < n {
+        let width = ((n - column) / LANES).min(3);
+        let (b, c) = (&b[column..], &mut c[column..]);
+        match width {
+            1 => columns::<ADD, 1>(a, b, n, c),
+            2 => columns::<ADD, 2>(a, b, n, c),
+            _ => columns::<ADD, 3>(a, b, n, c),
+        }
+        column += width * LANES;
+    }
+}
+
 /// All rows of `P` registers of columns.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn columns<const ADD: bool, const P: usize>(
-    a: PairedOperand<'_>,
-    b: &[u32],
-    n: usize,
-    c: &mut [f32],
-) {
+fn columns<const ADD: bool, const P: usize>(a: &Operand<'_>, b: &[f32], n: usize, c: &mut [f32]) {
     // 4 rows of 3 registers use 24 of 32 registers for sums of even and of odd numbers.
     const ROWS: usize = 4;
     // It starts at a column: the last row is short.
     let rows = c.len().div_ceil(n);
     for row in (0..rows).step_by(ROWS) {
-        let a = PairedOperand { pairs: &a.pairs[row * a.row..], ..a };
+        let a = Operand { numbers: &a.numbers[row * a.row..], ..*a };
         let c = &mut c[row * n..];
         match rows - row {
-            1 => steps::<ADD, 1, P>(a, b, n, c),
-            2 => steps::<ADD, 2, P>(a, b, n, c),
-            3 => steps::<ADD, 3, P>(a, b, n, c),
-            _ => steps::<ADD, ROWS, P>(a, b, n, c),
+            1 => steps::<ADD, 1, P>(&a, b, n, c),
+            2 => steps::<ADD, 2, P>(&a, b, n, c),
+            3 => steps::<ADD, 3, P>(&a, b, n, c),
+            _ => steps::<ADD, ROWS, P>(&a, b, n, c),
         }
     }
 }
@@ -233,34 +216,26 @@ fn columns<const ADD: bool, const P: usize>(
 /// `R` rows by `P` registers of columns: [`crate::scalar::add_product`] for every step.
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn steps<const ADD: bool, const R: usize, const P: usize>(
-    a: PairedOperand<'_>,
-    b: &[u32],
+    a: &Operand<'_>,
+    b: &[f32],
     n: usize,
     c: &mut [f32],
 ) {
+    let Operand { row, column, .. } = *a;
     let (pairs, width) = (b.len().div_ceil(n), P * LANES);
     assert!(pairs.is_multiple_of(2) && pairs > 0);
-    assert!(a.pairs.len() > (R - 1) * a.row + (pairs - 1) * a.column);
+    assert!(a.numbers.len() > (R - 1) * row + (pairs - 1) * column);
     assert!(b.len() >= (pairs - 1) * n + width && c.len() >= (R - 1) * n + width);
     for start in (0..pairs).step_by(STEP_PAIRS) {
-        let mut sums = [[[_mm512_setzero_ps(); P]; R]; 2];
-        for four in (start..pairs.min(start + STEP_PAIRS)).step_by(2) {
-            for (odd, sums) in sums.iter_mut().enumerate() {
-                let pair = four + odd;
-                // SAFETY: every access is within the bounds asserted above.
-                unsafe {
-                    let columns: [_; P] =
-                        std::array::from_fn(|p| load_pairs(b.as_ptr().add(pair * n + p * LANES)));
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let a = splat_pair(*a.pairs.as_ptr().add(r * a.row + pair * a.column));
-                        for (sum, column) in sums.iter_mut().zip(columns) {
-                            *sum = _mm512_dpbf16_ps(*sum, column, a);
-                        }
-                    }
-                }
+        let (mut even, mut odd) = ([[_mm512_setzero_ps(); P]; R], [[_mm512_setzero_ps(); P]; R]);
+        for pair in (start..pairs.min(start + STEP_PAIRS)).step_by(2) {
+            // SAFETY: every access is within the bounds asserted above.
+            unsafe {
+                let (a, b) = (a.numbers.as_ptr().add(pair * column), b.as_ptr().add(pair * n));
+                add_products(&mut even, a, row, b);
+                add_products(&mut odd, a.add(column), row, b.add(n));
             }
         }
-        let [even, odd] = sums;
         for (r, (even, odd)) in even.into_iter().zip(odd).enumerate() {
             for (p, (even, odd)) in even.into_iter().zip(odd).enumerate() {
                 // SAFETY: as above.
@@ -275,18 +250,27 @@ fn steps<const ADD: bool, const R: usize, const P: usize>(
     }
 }
 
+/// Adds the products of a pair of each of `R` rows, `row` numbers apart, and `P` registers of pairs.
+///
 /// # Safety
-/// There must be 16 pairs.
+/// There must be as many.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn load_pairs(pairs: *const u32) -> __m512bh {
-    // SAFETY: this function's contract; both types are 32 bf16 numbers.
-    unsafe { std::mem::transmute(_mm512_loadu_si512(pairs.cast())) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn splat_pair(pair: u32) -> __m512bh {
-    // SAFETY: both types are 32 bf16 numbers.
-    unsafe { std::mem::transmute(_mm512_set1_epi32(pair as i32)) }
+unsafe fn add_products<const R: usize, const P: usize>(
+    sums: &mut [[__m512; P]; R],
+    a: *const f32,
+    row: usize,
+    b: *const f32,
+) {
+    // SAFETY: this function's contract; 512 bits of fp32 numbers are as many of pairs.
+    unsafe {
+        let columns: [__m512bh; P] =
+            std::array::from_fn(|p| transmute(_mm512_loadu_ps(b.add(p * LANES))));
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let a = transmute::<__m512, __m512bh>(_mm512_set1_ps(*a.add(r * row)));
+            for (sum, column) in sums.iter_mut().zip(columns) {
+                *sum = _mm512_dpbf16_ps(*sum, column, a);
+            }
+        }
+    }
 }

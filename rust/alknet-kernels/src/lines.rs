@@ -15,8 +15,6 @@ pub(crate) unsafe trait Plain: Copy {}
 unsafe impl Plain for i8 {}
 // SAFETY: integers.
 unsafe impl Plain for u16 {}
-// SAFETY: as above.
-unsafe impl Plain for u32 {}
 // SAFETY: every pattern is a number, or NaN.
 unsafe impl Plain for f32 {}
 
