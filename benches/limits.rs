@@ -189,6 +189,16 @@ mod x86 {
             // SAFETY: as above.
             tiles.push(tile("fp32_avx512", |a, b| unsafe { fp32_avx512(a, b) }, 12 * 2, 16, FP32));
         }
+        if Isa::Avx512Bf16.is_available() {
+            tiles.push(tile(
+                "bf16_avx512bf16",
+                // SAFETY: the CPU has AVX-512 with BF16.
+                |a, b| unsafe { bf16_avx512bf16(a, b) },
+                12 * 2,
+                32,
+                BF16,
+            ));
+        }
         if Isa::Amx.is_available() {
             let vectors = AMX_REPEATS * 2 * 2 * 16;
             // SAFETY: the CPU has AMX, and this process may use it.
@@ -275,6 +285,24 @@ mod x86 {
         |word| _mm512_set1_ps(f32::from_bits(word)),
         |sum, row, weights| _mm512_fmadd_ps(row, weights, sum)
     );
+
+    tile_loop!(
+        bf16_avx512bf16,
+        "avx512f,avx512bf16",
+        12,
+        16,
+        _mm512_setzero_ps(),
+        |words| bf16(load_512(words)),
+        |word: u32| bf16(_mm512_set1_epi32(word as i32)),
+        |sum, row, weights| _mm512_dpbf16_ps(sum, row, weights)
+    );
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn bf16(bits: __m512i) -> __m512bh {
+        // SAFETY: both types are 512 bits of any pattern.
+        unsafe { std::mem::transmute(bits) }
+    }
 
     /// Two by two tiles of sums, and the instruction that adds to them. Operands are loaded once: with
     /// loads in between it is a fifth slower here, as long as they hold anything but zeros.

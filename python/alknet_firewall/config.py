@@ -43,7 +43,7 @@ class FirewallConfig:
         Threads of the engine, 1 to 1024; None takes what affinity and the container's quota allow.
     isa : str or None
         Holds the native engine to an instruction set (``scalar``, ``avx2``, ``avxvnni``,
-        ``avx512``, ``amx``); None takes the best one of this CPU.
+        ``avx512``, ``avx512bf16``, ``amx``); None takes the best one of this CPU.
     on_error : "raise" or "block"
         Whether a failed screening raises, or gives a DANGEROUS alarm that says so.
 

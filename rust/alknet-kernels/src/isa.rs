@@ -154,6 +154,8 @@ mod tests {
         assert!(Isa::best().is_available());
         if Isa::Amx.is_available() {
             assert_eq!(Isa::best(), Isa::Amx);
+        } else if Isa::Avx512Bf16.is_available() {
+            assert_eq!(Isa::best() == Isa::Avx512Bf16, Isa::Avx512Bf16.is_fast());
         }
     }
 }
