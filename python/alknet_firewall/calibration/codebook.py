@@ -57,7 +57,8 @@ def compile_codebook(
     """Write the codebook of a detector folder, fitted on all of a corpus.
 
     The null comes from left-out scores, and so does the quality that is recorded. The same corpus
-    and detector give the same bytes.
+    and detector give the same bytes on the same kind of CPU; on another, NumPy's linear algebra may
+    round otherwise.
 
     Raises
     ------
