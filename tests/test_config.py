@@ -141,6 +141,19 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"none\.toml, which does not exist"):
             FirewallConfig.load()
 
+    @pytest.mark.parametrize(
+        ("text", "value"), [("1", True), ("TRUE", True), ("0", False), ("false", False)]
+    )
+    def test_a_variable_that_is_true_or_false(self, monkeypatch, text, value):
+        monkeypatch.setenv("ALKNET_EARLY_EXIT", text)
+        assert FirewallConfig.load().early_exit is value
+        assert FirewallConfig.load(early_exit=not value).early_exit is not value
+
+    def test_a_variable_that_is_neither(self, monkeypatch):
+        monkeypatch.setenv("ALKNET_EARLY_EXIT", "maybe")
+        with pytest.raises(ConfigError, match="'maybe', which is not true or false"):
+            FirewallConfig.load()
+
     @pytest.mark.parametrize("variable", ["THREADS", "MAX_TOKENS", "SUSPICIOUS", "DANGEROUS"])
     def test_a_variable_that_is_no_number(self, monkeypatch, variable):
         monkeypatch.setenv(f"ALKNET_{variable}", "many")
@@ -162,6 +175,7 @@ class TestRefused:
             {"threads": -1},
             {"threads": 1025},
             {"threads": True},
+            {"early_exit": 1},
             {"engine": "torch"},
             {"engine": ["native"]},
             {"on_error": "ignore"},

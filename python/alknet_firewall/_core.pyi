@@ -33,6 +33,7 @@ class Firewall:
         engine: str = "native",
         threads: int | None = None,
         isa: str | None = None,
+        early_exit: bool = False,
         model: Any = None,
     ) -> Firewall: ...
     @property

@@ -36,7 +36,7 @@ class Firewall:
         Another codebook for the same model.
     thresholds : Thresholds, optional
         Scores at which the level rises.
-    max_tokens, engine, threads, isa, on_error
+    max_tokens, engine, threads, isa, early_exit, on_error
         See `FirewallConfig`.
     model : DetectorModel, optional
         Runs the model instead of an engine of this library; it must give the activations that the
@@ -71,6 +71,7 @@ class Firewall:
         engine: Literal["native", "candle"] | None = None,
         threads: int | None = None,
         isa: str | None = None,
+        early_exit: bool | None = None,
         on_error: Literal["raise", "block"] | None = None,
         model: DetectorModel | None = None,
         config: FirewallConfig | None = None,
@@ -83,6 +84,7 @@ class Firewall:
             "engine": engine,
             "threads": threads,
             "isa": isa,
+            "early_exit": early_exit,
             "on_error": on_error,
         }
         given = [name for name, value in arguments.items() if value is not None]
@@ -102,6 +104,7 @@ class Firewall:
             engine=options.engine,
             threads=options.threads,
             isa=options.isa,
+            early_exit=options.early_exit,
             model=model,
         )
 

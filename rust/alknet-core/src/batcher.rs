@@ -19,7 +19,6 @@ use std::{
 use crate::{
     error::{Error, Result},
     model::TokenId,
-    project::Projections,
 };
 
 /// Most tokens of a pass that is made of several callers' pieces; longer ones gain nothing by it.
@@ -28,52 +27,57 @@ const SHARED_TOKENS: usize = 256;
 /// How often a caller tries to get at the queue, which others hold for a moment only.
 const ATTEMPTS: usize = 64;
 
-/// Reads pieces and returns the projections of each, in order.
-type Read<'a> = &'a dyn Fn(&[&[TokenId]]) -> Result<Vec<Projections>>;
+/// Reads pieces and returns what each says, in order.
+type Read<'a, T> = &'a dyn Fn(&[&[TokenId]]) -> Result<Vec<T>>;
 
 /// Shares the engine's passes among callers.
-pub(crate) struct Batcher {
+pub(crate) struct Batcher<T> {
     /// How many passes may run at the same time.
     passes: usize,
-    queue: Mutex<Queue>,
+    queue: Mutex<Queue<T>>,
 }
 
-#[derive(Default)]
-struct Queue {
+struct Queue<T> {
     /// A process made by `fork` has none of the callers that its parent had.
     process: u32,
     running: usize,
-    waiting: VecDeque<Job>,
+    waiting: VecDeque<Job<T>>,
     /// Jobs that have waited so far.
     jobs: u64,
 }
 
 /// Pieces that wait, and where their caller waits.
-struct Job {
+struct Job<T> {
     number: u64,
     pieces: Vec<Vec<TokenId>>,
-    caller: Sender<Call>,
+    caller: Sender<Call<T>>,
 }
 
 /// What a waiting caller is told.
-enum Call {
+enum Call<T> {
     /// A pass has ended: if the pieces still wait, another may begin.
     Try,
     /// Somebody has read the pieces.
-    Done(Result<Vec<Projections>>),
+    Done(Result<Vec<T>>),
 }
 
-impl Batcher {
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Self { process: 0, running: 0, waiting: VecDeque::new(), jobs: 0 }
+    }
+}
+
+impl<T> Batcher<T> {
     /// A batcher for an engine that makes so many passes at the same time.
     pub(crate) fn new(passes: usize) -> Self {
         Self { passes, queue: Mutex::default() }
     }
 
-    /// Projections of `pieces`, read by this caller or by another one.
+    /// What `pieces` say, read by this caller or by another one.
     ///
     /// # Errors
     /// As `read`; [`Error::Inference`] when another caller's pass ended in a panic.
-    pub(crate) fn read(&self, pieces: &[&[TokenId]], read: Read<'_>) -> Result<Vec<Projections>> {
+    pub(crate) fn read(&self, pieces: &[&[TokenId]], read: Read<'_, T>) -> Result<Vec<T>> {
         let tokens = pieces.iter().map(|piece| piece.len()).sum();
         if tokens > SHARED_TOKENS {
             return read(pieces);
@@ -106,7 +110,7 @@ impl Batcher {
 
     /// The queue, emptied in a new process; `None` while another caller is at it, which may be for
     /// ever in a forked process.
-    fn enter(&self) -> Option<MutexGuard<'_, Queue>> {
+    fn enter(&self) -> Option<MutexGuard<'_, Queue<T>>> {
         let mut attempts = iter::repeat_with(|| self.queue.try_lock().ok()).take(ATTEMPTS);
         let mut queue = attempts.find_map(|queue| {
             queue.is_none().then(thread::yield_now);
@@ -120,14 +124,14 @@ impl Batcher {
         Some(queue)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+    fn lock(&self) -> MutexGuard<'_, Queue<T>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Queue {
+impl<T> Queue<T> {
     /// Adds a job; returns its number.
-    fn push(&mut self, pieces: Vec<Vec<TokenId>>, caller: Sender<Call>) -> u64 {
+    fn push(&mut self, pieces: Vec<Vec<TokenId>>, caller: Sender<Call<T>>) -> u64 {
         let number = self.jobs;
         self.jobs += 1;
         self.waiting.push_back(Job { number, pieces, caller });
@@ -135,13 +139,13 @@ impl Queue {
     }
 
     /// Begins a pass of so many tokens, if one may begin: the jobs that are to be read with it.
-    fn begin(&mut self, passes: usize, tokens: usize) -> Option<Vec<Job>> {
+    fn begin(&mut self, passes: usize, tokens: usize) -> Option<Vec<Job<T>>> {
         if self.running == passes {
             return None;
         }
         self.running += 1;
         let mut sum = tokens;
-        let fits = |job: &&Job| {
+        let fits = |job: &&Job<T>| {
             sum += job.n_tokens();
             sum <= SHARED_TOKENS
         };
@@ -155,7 +159,7 @@ impl Queue {
     }
 
     /// [`Queue::begin`] for a job that waits, unless it has been taken.
-    fn begin_waiting(&mut self, passes: usize, number: u64) -> Option<Vec<Job>> {
+    fn begin_waiting(&mut self, passes: usize, number: u64) -> Option<Vec<Job<T>>> {
         if self.running == passes {
             return None;
         }
@@ -172,18 +176,18 @@ impl Queue {
     }
 }
 
-impl Job {
+impl<T> Job<T> {
     fn n_tokens(&self) -> usize {
         self.pieces.iter().map(Vec::len).sum()
     }
 }
 
 /// A pass that runs; over when dropped, after a panic too.
-struct Pass<'a> {
-    batcher: &'a Batcher,
+struct Pass<'a, T> {
+    batcher: &'a Batcher<T>,
 }
 
-impl Drop for Pass<'_> {
+impl<T> Drop for Pass<'_, T> {
     fn drop(&mut self) {
         let mut queue = self.batcher.lock();
         queue.running -= 1;
@@ -192,7 +196,7 @@ impl Drop for Pass<'_> {
 }
 
 /// Reads a caller's own pieces and those of other jobs in one pass; tells the others' callers.
-fn lead(own: &[&[TokenId]], others: &[Job], read: Read<'_>) -> Result<Vec<Projections>> {
+fn lead<T>(own: &[&[TokenId]], others: &[Job<T>], read: Read<'_, T>) -> Result<Vec<T>> {
     if others.is_empty() {
         return read(own);
     }
@@ -200,7 +204,7 @@ fn lead(own: &[&[TokenId]], others: &[Job], read: Read<'_>) -> Result<Vec<Projec
     let all: Vec<_> = own.iter().copied().chain(theirs).collect();
     let mut together = read(&all).map(Vec::into_iter);
     let mut share = |pieces: &[&[TokenId]]| match &mut together {
-        Ok(projections) => Ok(projections.take(pieces.len()).collect()),
+        Ok(said) => Ok(said.take(pieces.len()).collect()),
         // One caller's text must not fail another's.
         Err(_) => read(pieces),
     };
@@ -224,6 +228,8 @@ mod tests {
     };
 
     use super::*;
+
+    type Projections = Vec<f32>;
 
     /// Projections that say which tokens they are of; fails where a token is 0.
     fn echo(pieces: &[&[TokenId]]) -> Result<Vec<Projections>> {

@@ -11,6 +11,9 @@
 //! | `null_knots`, `null_values` | `[n_origins, n_length_classes, n_knots]` | −log₁₀ share of benign texts whose statistic is at least the knot |
 //! | `novelty_knots`, `novelty_values` | `[n_length_classes, n_knots]` | the same for novelty |
 //!
+//! A codebook may have a first stage that reads the first of its sites alone (see [`crate::cascade`]): all of these but
+//! `closing` once more, their names after `early.`, for so many sites.
+//!
 //! Metadata are strings; see [`Codebook::from_bytes`]. A file is hostile until checked: its size is
 //! limited before it is read, every shape is compared with the others, every number must be finite
 //! and every spline monotone.
@@ -88,6 +91,15 @@ pub struct Fingerprint {
     pub config_sha256: String,
 }
 
+/// The first stage of a codebook.
+#[derive(Debug, Clone)]
+pub struct Early {
+    /// Reads the first sites as the whole one reads all.
+    pub codebook: Box<Codebook>,
+    /// p-value above which a piece is not read any further.
+    pub above: f64,
+}
+
 /// A checked codebook.
 #[derive(Debug, Clone)]
 pub struct Codebook {
@@ -117,6 +129,8 @@ pub struct Codebook {
     pub closing: Option<Closing>,
     /// One per row of `direction_weights`.
     pub directions: Vec<DirectionInfo>,
+    /// What says of most texts that they are ordinary before all of the sites have been read.
+    pub early: Option<Early>,
     /// Every metadata entry of the file, for `inspect`.
     pub metadata: HashMap<String, String>,
     mean: Vec<f32>,
@@ -146,7 +160,8 @@ impl Codebook {
     /// `config_sha256`, `sites` (comma-separated), `hidden_size`, `window`, `stride`, `scales` (JSON list),
     /// `segment_tokens`, `segment_overlap`, `length_classes` (JSON list), `origins` (JSON list
     /// of `"user"`, `"document"` and `null`), `directions` (JSON list of [`DirectionInfo`]) and, if there
-    /// is one, `closing` (JSON of `every` and, unless there is a tensor of this name, `token`; see [`Closing`]).
+    /// is one, `closing` (JSON of `every` and, unless there is a tensor of this name, `token`; see [`Closing`]) and
+    /// `early` (JSON of the number of `sites` of the first stage and the p-value `above` which it ends the reading).
     /// Further entries are kept and not interpreted.
     ///
     /// # Errors
@@ -167,13 +182,27 @@ impl Codebook {
                 "format_version is {version:?}; this library reads {FORMAT_VERSION:?}: compile it again or use the library it was made with"
             ));
         }
-        let sites = metadata
-            .text("sites")?
-            .split(',')
-            .map(|site| site.parse().map_err(|error: Error| error.to_string()))
-            .collect::<std::result::Result<Vec<Site>, _>>()?;
-        check_sites(&sites).map_err(|error| error.to_string())?;
+        let tensors = |prefix| Tensors { file: &file, prefix };
+        let mut codebook = Self::stage(&metadata, &tensors(""), None)?;
+        if let Some(EarlyEntry { sites, above }) = metadata.early()? {
+            check_early(&codebook.sites, sites, above)?;
+            let early = Self::stage(&metadata, &tensors("early."), Some(sites))?;
+            codebook.early = Some(Early { codebook: Box::new(early), above });
+        }
+        codebook.metadata = metadata.0;
+        Ok(codebook)
+    }
+
+    /// The stage whose tensors these are, which reads the first `n_sites` sites, or all.
+    fn stage(
+        metadata: &Metadata,
+        tensors: &Tensors<'_>,
+        n_sites: Option<usize>,
+    ) -> std::result::Result<Self, String> {
+        let mut sites = metadata.sites()?;
         let hidden_size = metadata.number("hidden_size", 1, 1 << 16)?;
+        let n_blocks = sites.iter().map(|site| site.layer + 1).max().unwrap_or(0);
+        sites.truncate(n_sites.unwrap_or(sites.len()));
         let window = metadata.number("window", 1, 4096)?;
         let stride = metadata.number("stride", 1, window)?;
         let scales: Vec<usize> = metadata.json("scales")?;
@@ -185,9 +214,7 @@ impl Codebook {
         check_rising("scales", &scales, MAX_SCALES)?;
         check_rising("length_classes", &length_classes, 64)?;
         check_lists(&origins, &directions)?;
-        let tensors = Tensors(&file);
-        let n_blocks = sites.iter().map(|site| site.layer + 1).max().unwrap_or(0);
-        let closing = tensors.closing(&metadata, &[n_blocks, hidden_size])?;
+        let closing = tensors.closing(metadata, &[n_blocks, hidden_size])?;
         closing.as_ref().map_or(Ok(()), |closing| closing.check(window))?;
         let readings = scales.len() + usize::from(closing.is_some());
 
@@ -215,6 +242,7 @@ impl Codebook {
             cdfs: tensors.cdfs("cdf", &cdf_shape)?,
             nulls: tensors.nulls("null", &null_shape)?,
             novelty: tensors.nulls("novelty", &novelty_shape)?,
+            early: None,
             sites,
             hidden_size,
             window,
@@ -225,7 +253,7 @@ impl Codebook {
             length_classes,
             origins,
             directions,
-            metadata: metadata.0,
+            metadata: HashMap::new(),
         })
     }
 
@@ -334,6 +362,31 @@ fn check_lists(
     Ok(())
 }
 
+/// The entry of the metadata.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EarlyEntry {
+    sites: usize,
+    above: f64,
+}
+
+/// Checks what a first stage reads of these sites: an engine has to come by its own before the others.
+fn check_early(sites: &[Site], n_sites: usize, above: f64) -> std::result::Result<(), String> {
+    if !(1..sites.len()).contains(&n_sites) {
+        return Err(format!("early reads {n_sites} of {} sites; 1 to all but one", sites.len()));
+    }
+    let (first, later) = sites.split_at(n_sites);
+    if first.iter().any(|site| later.iter().any(|other| other.layer <= site.layer)) {
+        return Err("early reads a site that is not before the others".into());
+    }
+    if !(above > 0.0 && above < 1.0) {
+        return Err(format!(
+            "early ends the reading above p = {above}, which is not within (0, 1)"
+        ));
+    }
+    Ok(())
+}
+
 /// Splits the columns of `components` into one contiguous matrix per site.
 fn by_site(components: &[f32], n_sites: usize, hidden: usize) -> Vec<Vec<f32>> {
     let rows = || components.chunks_exact(n_sites * hidden);
@@ -358,18 +411,36 @@ impl Metadata {
         }
     }
 
+    fn sites(&self) -> std::result::Result<Vec<Site>, String> {
+        let sites = self.text("sites")?.split(',');
+        let sites: Vec<Site> = sites
+            .map(|site| site.parse().map_err(|error: Error| error.to_string()))
+            .collect::<std::result::Result<_, _>>()?;
+        check_sites(&sites).map_err(|error| error.to_string())?;
+        Ok(sites)
+    }
+
+    fn early(&self) -> std::result::Result<Option<EarlyEntry>, String> {
+        self.0.contains_key("early").then(|| self.json("early")).transpose()
+    }
+
     fn json<T: serde::de::DeserializeOwned>(&self, key: &str) -> std::result::Result<T, String> {
         serde_json::from_str(self.text(key)?)
             .map_err(|error| format!("metadata {key:?} is not what it should be: {error}"))
     }
 }
 
-/// Tensors of the file with checked access.
-struct Tensors<'a>(&'a SafeTensors<'a>);
+/// Tensors of a stage with checked access.
+struct Tensors<'a> {
+    file: &'a SafeTensors<'a>,
+    /// What their names begin with.
+    prefix: &'static str,
+}
 
 impl Tensors<'_> {
     fn view(&self, name: &str) -> std::result::Result<safetensors::tensor::TensorView<'_>, String> {
-        self.0.tensor(name).map_err(|_| format!("no tensor {name:?}"))
+        let name = format!("{}{name}", self.prefix);
+        self.file.tensor(&name).map_err(|_| format!("no tensor {name:?}"))
     }
 
     fn rows(&self, name: &str, max: usize) -> std::result::Result<usize, String> {
@@ -431,7 +502,8 @@ impl Tensors<'_> {
         let Some(Entry { every, token }) = entry else { return Ok(None) };
         let probe = match token {
             Some(token) => Probe::Token(token),
-            None => Probe::Learned(self.read("closing", shape)?),
+            // Both stages read beside a text what runs through all blocks.
+            None => Probe::Learned(Tensors { prefix: "", ..*self }.read("closing", shape)?),
         };
         Ok(Some(Closing { probes: vec![probe], every }))
     }

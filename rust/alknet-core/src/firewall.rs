@@ -12,12 +12,12 @@ use sha2::{Digest, Sha256};
 use crate::{
     alarm::{self, Alarm, AlarmLevel, Reason, Signal, Span, Thresholds},
     batcher::Batcher,
+    cascade::Cascade,
     codebook::{Codebook, DirectionInfo, Fingerprint, Origin},
     error::{Error, Result},
     model::{Backend, Probe, TokenId, config::read_json, weights::Weights},
     normalize::{self, HiddenText, View, ViewKind},
-    project::{Projections, Projector},
-    reader::{Reader, ReaderOptions, n_rows, passes, segments},
+    reader::{Reader, ReaderOptions, passes, segments},
     score::{self, FrameScore},
     stream::Segment,
     tokenize::{Encoding, Tokenizer},
@@ -40,6 +40,8 @@ pub struct FirewallOptions {
     pub thresholds: Thresholds,
     /// Most tokens of a text that are read; a longer text is at least SUSPICIOUS. No limit by default.
     pub max_tokens: Option<usize>,
+    /// Leaves what the codebook's first stage finds ordinary at that (see [`crate::codebook::Early`]).
+    pub early_exit: bool,
 }
 
 /// One text to screen.
@@ -54,7 +56,7 @@ pub struct Input<'a> {
 /// A loaded detector: immutable, shared by all threads.
 pub struct Firewall {
     reader: Reader,
-    batcher: Batcher,
+    batcher: Batcher<Vec<FrameScore>>,
     codebook: Codebook,
     thresholds: Thresholds,
     max_tokens: Option<usize>,
@@ -109,8 +111,9 @@ impl Firewall {
     /// A firewall over any reader.
     ///
     /// # Errors
-    /// [`Error::Codebook`] when the codebook's sites, width, segments or readouts are not the reader's.
-    pub fn new(reader: Reader, codebook: Codebook, options: &FirewallOptions) -> Result<Self> {
+    /// [`Error::Codebook`] when the codebook's sites, width, segments or readouts are not the reader's,
+    /// [`Error::Config`] for options that are out of range or not to be had.
+    pub fn new(reader: Reader, mut codebook: Codebook, options: &FirewallOptions) -> Result<Self> {
         let backend = reader.backend();
         if backend.sites() != codebook.sites || backend.hidden_size() != codebook.hidden_size {
             return Err(Error::Codebook(format!(
@@ -148,6 +151,12 @@ impl Firewall {
         if options.max_tokens == Some(0) {
             return Err(Error::Config("max_tokens is 0: nothing would be read".into()));
         }
+        if options.early_exit && codebook.early.is_none() {
+            return Err(Error::Config(
+                "early_exit: the codebook has no first stage; compile it anew to get one".into(),
+            ));
+        }
+        codebook.early = codebook.early.filter(|_| options.early_exit);
         Ok(Self {
             batcher: Batcher::new(reader.backend().passes_at_once()),
             reader,
@@ -248,26 +257,24 @@ impl Firewall {
         Ok(())
     }
 
-    /// Runs the engine over some pieces and scores their frames.
+    /// Frames of some pieces, from a pass that others may share.
     fn pass(&self, cases: &mut [Case<'_>], pieces: &[(usize, usize)]) -> Result<()> {
         let input_ids: Vec<_> = pieces.iter().map(|&(c, p)| cases[c].input_ids(p)).collect();
-        let projections = self.batcher.read(&input_ids, &|input_ids| self.project(input_ids))?;
-        for (&(c, p), projections) in pieces.iter().zip(projections) {
-            let piece = &mut cases[c].pieces[p];
-            let (tokens, closings) =
-                projections.split_at(piece.tokens.len() * self.codebook.n_components());
-            piece.frames = score::frames(&self.codebook, tokens, closings)?;
+        let frames = self.batcher.read(&input_ids, &|input_ids| self.frames(input_ids))?;
+        for (&(c, p), frames) in pieces.iter().zip(frames) {
+            cases[c].pieces[p].frames = frames;
         }
         Ok(())
     }
 
-    /// Runs the engine over some pieces; the projections of what closes a piece follow those of its tokens.
-    fn project(&self, input_ids: &[&[TokenId]]) -> Result<Vec<Projections>> {
+    /// Runs the engine over some pieces and scores their frames.
+    fn frames(&self, input_ids: &[&[TokenId]]) -> Result<Vec<Vec<FrameScore>>> {
         let closing = self.codebook.closing.as_ref();
-        let n_rows: Vec<_> = input_ids.iter().map(|ids| n_rows(ids.len(), closing)).collect();
-        let projector = Projector::new(&self.codebook, &n_rows);
-        self.reader.read(input_ids, closing, &projector)?;
-        Ok(projector.into_sequences())
+        let readouts = |n_tokens| closing.map_or(0, |closing| closing.count(n_tokens));
+        let sizes: Vec<_> = input_ids.iter().map(|ids| (ids.len(), readouts(ids.len()))).collect();
+        let cascade = Cascade::new(&self.codebook, &sizes);
+        self.reader.read(input_ids, closing, &cascade)?;
+        cascade.into_frames()
     }
 
     /// Combines all looks at one text into its alarm.

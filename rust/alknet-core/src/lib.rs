@@ -17,6 +17,7 @@ use std::collections::HashMap;
 pub mod alarm;
 mod batcher;
 pub mod capture;
+mod cascade;
 pub mod codebook;
 pub mod error;
 pub mod firewall;

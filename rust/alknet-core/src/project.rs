@@ -35,6 +35,16 @@ impl<'a> Projector<'a> {
         }
     }
 
+    /// Whether it has components for the site of this index.
+    pub(crate) fn reads(&self, site: usize) -> bool {
+        site < self.codebook.sites.len()
+    }
+
+    /// What `read` makes of the projections of a sequence so far.
+    pub(crate) fn with_sequence<T>(&self, sequence: usize, read: impl FnOnce(&[f32]) -> T) -> T {
+        read(&self.sequences[sequence].lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Projections of every sequence, once the engine is done.
     pub fn into_sequences(self) -> Vec<Projections> {
         let sequences = self.sequences.into_iter().map(Mutex::into_inner);

@@ -24,12 +24,12 @@ use std::{mem, ops::Range, slice};
 
 use crate::{
     alarm::{Alarm, AlarmLevel},
+    cascade::{Cascade, Looks},
     codebook::Origin,
     error::Result,
     firewall::{Case, Firewall, Input},
-    model::{KvCache, TokenId},
-    project::Projector,
-    score::{self, FrameScore},
+    model::{KvCache, Sink, TokenId},
+    score::FrameScore,
     tokenize::Encoding,
 };
 
@@ -67,10 +67,9 @@ pub struct Stream {
 pub(crate) struct Segment {
     pub(crate) tokens: Range<usize>,
     pub(crate) frames: Vec<FrameScore>,
-    /// `[tokens.len(), n_components]`; empty once the next segment has begun.
-    projections: Vec<f32>,
-    /// `[n, n_components]`: what closes the segment in the places where more tokens will not change it.
-    closings: Vec<f32>,
+    /// Empty once the next segment has begun; of what closes the segment, the places where more tokens will not
+    /// change it.
+    looks: Looks,
 }
 
 impl Stream {
@@ -245,14 +244,13 @@ impl Stream {
     fn start_segment(&mut self) {
         let overlap = self.firewall.codebook().segment_overlap;
         let start = self.segments.last_mut().map_or(0, |segment| {
-            segment.projections = Vec::new();
+            segment.looks = Looks::default();
             segment.tokens.end - overlap
         });
         self.segments.push(Segment {
             tokens: start..start,
             frames: Vec::new(),
-            projections: Vec::new(),
-            closings: Vec::new(),
+            looks: Looks::default(),
         });
         self.cache = self.firewall.reader().start();
     }
@@ -266,18 +264,25 @@ impl Stream {
         let within = segment.tokens.len()..end - segment.tokens.start;
         let closing = codebook.closing.as_ref();
         let readouts = closing.map_or_else(Vec::new, |closing| closing.readouts(within.clone()));
-        let projector = Projector::new(codebook, &[new.len() + readouts.len()]);
-        self.firewall.reader().extend(&mut self.cache, new, &readouts, &projector)?;
-        let read = &projector.into_sequences()[0];
-        let (tokens, closings) = read.split_at(new.len() * codebook.n_components());
-        segment.projections.extend_from_slice(tokens);
-        segment.closings.extend_from_slice(closings);
-        segment.frames = score::frames(codebook, &segment.projections, &segment.closings)?;
+        let cascade = Cascade::new(codebook, &[(new.len(), readouts.len())]);
+        // All of it is read: what follows reads the keys and values of every block.
+        self.firewall.reader().extend(&mut self.cache, new, &readouts, &ReadAll(&cascade))?;
+        cascade.into_looks().into_iter().for_each(|new| segment.looks.extend(new));
+        segment.frames = segment.looks.frames(codebook)?;
         segment.tokens.end = end;
         // What closes the segment now stands elsewhere when more has arrived.
         let stay = closing.map_or(0, |closing| closing.staying(within.end));
-        segment.closings.truncate(stay * codebook.n_components());
+        segment.looks.keep_closings(codebook, stay);
         Ok(())
+    }
+}
+
+/// Takes rows without ever having enough.
+struct ReadAll<'a>(&'a dyn Sink);
+
+impl Sink for ReadAll<'_> {
+    fn rows(&self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
+        self.0.rows(sequence, site, first, rows)
     }
 }
 

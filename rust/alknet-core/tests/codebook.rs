@@ -130,6 +130,47 @@ fn a_frame_counts_with_the_first_closing_token_after_it() {
 }
 
 #[test]
+fn a_first_stage_reads_the_first_sites() {
+    let file = CodebookFile::valid().closed_by_learned(N_BLOCKS, 8).staged(0.25);
+    let codebook = Codebook::from_bytes(&file.to_bytes()).unwrap();
+    let early = codebook.early.as_ref().unwrap();
+    assert_eq!(early.above, 0.25);
+    assert_eq!(early.codebook.sites, codebook.sites[..1]);
+    assert_eq!(early.codebook.site(0), codebook.site(0));
+    assert_eq!(early.codebook.closing, codebook.closing);
+    assert_usable(&early.codebook);
+    assert_usable(&codebook);
+}
+
+#[test]
+fn a_first_stage_that_cannot_be_first_is_refused() {
+    let refused = |change: &dyn Fn(&mut CodebookFile)| {
+        let mut file = CodebookFile::valid().staged(0.5);
+        change(&mut file);
+        refusal(&file.to_bytes())
+    };
+    let early = |entry: &str| {
+        refused(&|file| _ = file.metadata.insert("early".to_owned(), entry.to_owned()))
+    };
+    assert!(early(r#"{"sites": 0, "above": 0.5}"#).contains("0 of 2 sites"));
+    assert!(early(r#"{"sites": 2, "above": 0.5}"#).contains("2 of 2 sites"));
+    assert!(early(r#"{"sites": 1, "above": 1.0}"#).contains("p = 1"));
+    assert!(early(r#"{"sites": 1, "above": -0.5}"#).contains("p = -0.5"));
+    assert!(early(r#"{"sites": 1}"#).contains("above"));
+    assert!(early("null").contains("early"));
+    let without = refused(&|file| _ = file.tensors.remove("early.null_knots"));
+    assert!(without.contains("early.null_knots"), "{without}");
+    let reversed = |file: &mut CodebookFile| {
+        file.metadata.insert("sites".to_owned(), "3.mlp_out,1.resid_post".to_owned());
+    };
+    assert!(refused(&reversed).contains("not before the others"));
+    let same_block = |file: &mut CodebookFile| {
+        file.metadata.insert("sites".to_owned(), "3.attn_out,3.mlp_out".to_owned());
+    };
+    assert!(refused(&same_block).contains("not before the others"));
+}
+
+#[test]
 fn what_closes_a_text_is_a_token_or_a_vector_for_every_block() {
     let file = CodebookFile::valid().closed_by_learned(N_BLOCKS, 8);
     let codebook = Codebook::from_bytes(&file.to_bytes()).unwrap();

@@ -73,6 +73,20 @@ fn closed() -> Arc<Firewall> {
     FIREWALL.clone()
 }
 
+/// Leaves what the first stage finds ordinary at that.
+fn early_exit() -> FirewallOptions {
+    FirewallOptions { early_exit: true, ..Default::default() }
+}
+
+/// A firewall with a first stage, which reads the same token beside a text.
+fn staged() -> Arc<Firewall> {
+    static FIREWALL: LazyLock<Arc<Firewall>> = LazyLock::new(|| {
+        let codebook = CodebookFile::valid().closed(id("Y"), 5).staged(0.5);
+        Arc::new(assemble_with(&codebook, Synthetic::new(loudness), &early_exit()).unwrap())
+    });
+    FIREWALL.clone()
+}
+
 fn firewall_with(options: &FirewallOptions) -> Arc<Firewall> {
     Arc::new(assemble(Synthetic::new(loudness), options).unwrap())
 }
@@ -439,6 +453,50 @@ fn closing_tokens_count_for_every_frame_and_are_no_part_of_the_text() {
 }
 
 #[test]
+fn what_the_first_stage_finds_ordinary_is_not_read_any_further() {
+    let codebook = CodebookFile::valid().staged(0.5);
+    let engine = Synthetic::new(loudness);
+    let (work, deep) = (engine.work.clone(), engine.deep.clone());
+    let firewall = assemble_with(&codebook, engine, &early_exit()).unwrap();
+    let before = deep.load(Ordering::Relaxed);
+    let text = "the minutes of monday";
+    let (alarm, whole) = (firewall.screen(text, None).unwrap(), screen(text));
+    assert_eq!(deep.load(Ordering::Relaxed), before, "nothing is read to the last site");
+    assert!(work.load(Ordering::Relaxed) > 0);
+    assert_eq!((alarm.level, alarm.n_tokens), (AlarmLevel::Clear, whole.n_tokens));
+    assert!(alarm.p_value > 0.5 && alarm.p_value >= whole.p_value, "{}", alarm.p_value);
+    let engine = Synthetic::new(loudness);
+    let unasked = assemble_with(&codebook, engine, &FirewallOptions::default()).unwrap();
+    assert_eq!(unasked.screen(text, None).unwrap(), whole);
+}
+
+#[test]
+fn an_early_exit_needs_a_first_stage() {
+    let made = assemble(Synthetic::new(loudness), &early_exit());
+    assert!(matches!(made, Err(Error::Config(message)) if message.contains("no first stage")));
+}
+
+#[test]
+fn what_the_first_stage_doubts_is_judged_as_without_it() {
+    let codebook = CodebookFile::valid().staged(0.5);
+    let engine = Synthetic::new(loudness);
+    let deep = engine.deep.clone();
+    let firewall = assemble_with(&codebook, engine, &early_exit()).unwrap();
+    let before = deep.load(Ordering::Relaxed);
+    // An attack of a user; an order in a document, whoever wrote it; what was never seen.
+    for text in [ATTACK, "the minutes YYYYYYYY of monday", "Z Z Z Z Z Z Z Z"] {
+        for origin in [None, Some(Origin::User), Some(Origin::Document)] {
+            let expected = self::firewall().screen(text, origin).unwrap();
+            assert_eq!(firewall.screen(text, origin).unwrap(), expected);
+        }
+    }
+    assert!(deep.load(Ordering::Relaxed) > before);
+    // Beside others that are done.
+    let batch = ["the minutes", ATTACK, "of monday"].map(|text| Input { text, origin: None });
+    assert_eq!(firewall.screen_batch(&batch).unwrap()[1], screen(ATTACK));
+}
+
+#[test]
 fn closing_tokens_of_another_vocabulary_make_no_firewall() {
     let codebook = CodebookFile::valid().closed(1 << 20, 5);
     let made = assemble_with(&codebook, Synthetic::new(loudness), &FirewallOptions::default());
@@ -547,13 +605,15 @@ proptest! {
             proptest::option::of(prop_oneof![Just(Origin::User), Just(Origin::Document)]),
             6
         ),
+        is_staged in any::<bool>(),
     ) {
         let inputs: Vec<_> =
             texts.iter().zip(origins).map(|(text, origin)| Input { text, origin }).collect();
-        let together = firewall().screen_batch(&inputs).unwrap();
+        let firewall = if is_staged { staged() } else { firewall() };
+        let together = firewall.screen_batch(&inputs).unwrap();
         prop_assert_eq!(together.len(), inputs.len());
         for (input, alarm) in inputs.iter().zip(&together) {
-            prop_assert_eq!(alarm, &firewall().screen(input.text, input.origin).unwrap());
+            prop_assert_eq!(alarm, &firewall.screen(input.text, input.origin).unwrap());
             assert_sane(input.text, alarm)?;
         }
     }
@@ -563,9 +623,8 @@ proptest! {
         text in texts(),
         cuts in proptest::collection::vec(0usize..200, 0..12),
         max_tokens in proptest::option::of(1usize..80),
-        is_closed in any::<bool>(),
+        all in prop_oneof![Just(firewall as fn() -> _), Just(closed as fn() -> _), Just(staged as fn() -> _)],
     ) {
-        let all = if is_closed { closed } else { firewall };
         let firewall = max_tokens.map_or_else(all, limited);
         let alarm = stream(&firewall, &text, &cuts).unwrap();
         prop_assert_eq!(alarm, firewall.screen(&text, None).unwrap());

@@ -26,7 +26,7 @@ pub(crate) struct Firewall(Arc<core::Firewall>);
 impl Firewall {
     #[new]
     #[pyo3(signature = (detector, *, codebook=None, suspicious=0.3, dangerous=0.7, max_tokens=None,
-                        engine="native", threads=None, isa=None, model=None))]
+                        engine="native", threads=None, isa=None, early_exit=false, model=None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of one constructor")]
     fn new(
         py: Python<'_>,
@@ -38,13 +38,14 @@ impl Firewall {
         engine: &str,
         threads: Option<usize>,
         isa: Option<&str>,
+        early_exit: bool,
         model: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let reader = reader_options(py, engine, threads, isa)?;
         let foreign = model.map(|model| ForeignBackend::new(py, model)).transpose()?;
         let firewall = enter_core(py, || {
             let thresholds = Thresholds::new(suspicious, dangerous)?;
-            let options = FirewallOptions { reader, thresholds, max_tokens };
+            let options = FirewallOptions { reader, thresholds, max_tokens, early_exit };
             match foreign {
                 None => core::Firewall::open(&detector, codebook.as_deref(), &options),
                 Some(backend) => {

@@ -242,6 +242,21 @@ pub trait Sink: Sync {
     /// # Errors
     /// Whatever the consumer finds wrong, such as a number that is not finite; it ends the pass.
     fn rows(&self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()>;
+
+    /// The site after which nothing more of a sequence may be wanted, if there is one.
+    fn asks_after(&self) -> Option<usize> {
+        None
+    }
+
+    /// Whether nothing deeper is wanted of a sequence, of which all rows have been handed over at that site and those
+    /// before it. An engine may ask, once, and need not read on then; what it hands over all the same is not used.
+    ///
+    /// # Errors
+    /// As [`Sink::rows`].
+    fn is_done(&self, sequence: usize) -> Result<bool> {
+        let _ = sequence;
+        Ok(false)
+    }
 }
 
 /// An engine for one model, stopped after its deepest site.
@@ -275,7 +290,8 @@ pub trait Backend: Send + Sync {
     /// activations of every site to `sink`.
     ///
     /// Sequences are ragged: none is padded and none sees another. The result for one sequence does
-    /// not depend on the others, within the engine's stated tolerance.
+    /// not depend on the others, within the engine's stated tolerance. Where the sink has enough of a sequence (see
+    /// [`Sink::is_done`]) its cache may be left as one of a pass that failed.
     ///
     /// # Errors
     /// [`Error::Input`] for token ids outside the vocabulary, more positions than the model has or readouts

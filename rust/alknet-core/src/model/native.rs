@@ -196,27 +196,62 @@ impl NativeBackend {
         })
     }
 
-    /// Takes the tokens of one chunk through all blocks.
+    /// Takes some sequences through some blocks, a chunk at a time: from their tokens, or from the residual streams
+    /// where the blocks before have left them; and leaves those of all rows if there are more blocks.
+    fn read(
+        &self,
+        batch: &mut [Sequence<'_>],
+        sequences: &[usize],
+        blocks: &Range<usize>,
+        streams: &mut [Vec<f32>],
+        sink: &dyn Sink,
+    ) -> Result<()> {
+        let mut start = (0, 0);
+        let mut rest: usize = sequences.iter().map(|&i| batch[i].n_rows()).sum();
+        while rest > 0 {
+            // One turn per chunk, so that a long text does not keep short ones waiting.
+            let pass = self.engine.pass();
+            let most = (ROWS_PER_THREAD * pass.parts(rest)).min(CHUNK);
+            // Chunks of one size: a last one of few tokens would cost as much as many.
+            let len = rest.div_ceil(rest.div_ceil(most)).next_multiple_of(TILE_ROWS).min(rest);
+            let (pieces, end) = next_chunk(batch, sequences, start, len);
+            let parts = deal(pieces, pass.parts(len), self.cost()).into_iter();
+            let mut parts: Vec<_> =
+                parts.map(|pieces| Part { pieces, work: self.take_workspace() }).collect();
+            let left = (blocks.start > 0).then_some(&*streams);
+            pass.for_each_part(&mut parts, |pass, Part { pieces, work }| {
+                self.begin(pass, pieces, work, batch, left)
+            })?;
+            self.chunk(&pass, &mut parts, batch, blocks, sink)?;
+            if blocks.end < self.blocks.len() {
+                self.leave(&parts, batch, streams);
+            }
+            self.put_back(parts);
+            (start, rest) = (end, rest - len);
+        }
+        Ok(())
+    }
+
+    /// Takes the tokens of one chunk through some blocks.
     fn chunk(
         &self,
         pass: &Pass,
         parts: &mut [Part<'_>],
         batch: &mut [Sequence<'_>],
+        blocks: &Range<usize>,
         sink: &dyn Sink,
     ) -> Result<()> {
-        pass.for_each_part(parts, |pass, Part { pieces, work }| {
-            self.embed(pass, pieces, work, batch)
-        })?;
-        for layer in 0..=self.blocks.len() {
+        for layer in blocks.start..=blocks.end {
+            let begins = layer < blocks.end;
             pass.for_each_part(
-                &mut self.steps(pass, parts, batch, layer),
+                &mut self.steps(pass, parts, batch, (layer, begins)),
                 |pass, step| -> Result<()> {
                     let Part { pieces, work } = &mut *step.part;
-                    if let Some(layer) = layer.checked_sub(1) {
-                        self.finish_block(pass, work, &step.segments, layer);
-                        self.hand_over(pieces, work, layer, sink)?;
+                    if layer > blocks.start {
+                        self.finish_block(pass, work, &step.segments, layer - 1);
+                        self.hand_over(pieces, work, layer - 1, sink)?;
                     }
-                    if layer < self.blocks.len() {
+                    if begins {
                         self.steer(pieces, work, layer);
                         self.begin_block(pass, work, &mut step.extensions, layer);
                     }
@@ -224,35 +259,49 @@ impl NativeBackend {
                 },
             )?;
         }
-        let pieces = parts.iter().flat_map(|part| &part.pieces);
-        let mut pieces: Vec<_> = pieces.filter(|piece| piece.probe.is_none()).collect();
-        pieces.sort_by_key(|piece| (piece.sequence, piece.first));
-        for piece in pieces {
-            let sequence = &mut batch[piece.sequence];
-            let tokens = &sequence.input_ids[piece.tokens.clone()];
-            sequence.cache.input_ids.extend_from_slice(tokens);
-        }
         Ok(())
     }
 
-    /// Fills in the residual stream and the rotary angles of a part.
-    fn embed(
+    /// Keeps the residual streams of a chunk.
+    fn leave(&self, parts: &[Part<'_>], batch: &[Sequence<'_>], streams: &mut [Vec<f32>]) {
+        let hidden = self.config.hidden_size;
+        for Part { pieces, work } in parts {
+            for Piece { sequence, tokens, rows, .. } in pieces {
+                let stream = &mut streams[*sequence];
+                stream.resize(batch[*sequence].n_rows() * hidden, 0.0);
+                stream[tokens.start * hidden..tokens.end * hidden]
+                    .copy_from_slice(&work.x[rows.start * hidden..rows.end * hidden]);
+            }
+        }
+    }
+
+    /// Fills in the residual stream, from where it was left or from the embedding, and the rotary angles of a part.
+    fn begin(
         &self,
         pass: &Pass,
         pieces: &[Piece<'_>],
         work: &mut Workspace,
         batch: &[Sequence<'_>],
+        left: Option<&[Vec<f32>]>,
     ) -> Result<()> {
         let (hidden, dim) = (self.config.hidden_size, self.heads.head_dim);
         let rows = pieces.last().map_or(0, |piece| piece.rows.end);
         work.x.resize(rows * hidden, 0.0);
         work.angles.resize(rows * dim, 0.0);
         let (mut inputs, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
-        for piece in pieces {
-            let own = batch[piece.sequence].inputs(hidden).skip(piece.tokens.start);
-            inputs.extend(own.take(piece.rows.len()));
-            positions.extend(piece.positions());
+        for Piece { sequence, tokens, rows, .. } in pieces {
+            match left {
+                Some(left) => {
+                    let own = &left[*sequence][tokens.start * hidden..tokens.end * hidden];
+                    inputs.extend(own.chunks_exact(hidden).map(Input::Vector));
+                }
+                None => {
+                    let own = batch[*sequence].inputs(hidden).skip(tokens.start);
+                    inputs.extend(own.take(rows.len()));
+                }
+            }
         }
+        positions.extend(pieces.iter().flat_map(Piece::positions));
         let widened = Mutex::new(Ok(()));
         pass.for_each_rows(&mut work.x, hidden, |row, x| {
             let result = match inputs[row] {
@@ -280,13 +329,13 @@ impl NativeBackend {
         widened.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The parts with what they read of block `layer - 1` and write of block `layer`, each if there is one.
+    /// The parts with what they read of block `layer - 1`, if there is one, and write of block `layer`, if it begins.
     fn steps<'a, 'b>(
         &self,
         pass: &Pass,
         parts: &'a mut [Part<'b>],
         batch: &'a mut [Sequence<'_>],
-        layer: usize,
+        (layer, begins): (usize, bool),
     ) -> Vec<Step<'a, 'b>> {
         let step = |part| Step { part, segments: Vec::new(), extensions: Vec::new() };
         let mut steps: Vec<_> = parts.iter_mut().map(step).collect();
@@ -304,7 +353,7 @@ impl NativeBackend {
             let read_before = tokens().next().map_or(0, |first| first.tokens.start);
             let expected = sequence.input_ids.len() - read_before;
             let (read, written) = sequence.cache.layers.split_at_mut(layer);
-            let written = written.first_mut().filter(|_| new > 0);
+            let written = written.first_mut().filter(|_| begins && new > 0);
             let mut places = written.map(|cache| pass.grow(self.heads, cache, new, expected));
             for (i, piece) in pieces {
                 let Step { segments, extensions, .. } = &mut steps[i];
@@ -464,44 +513,47 @@ impl Backend for NativeBackend {
     }
 
     fn forward(&self, batch: &mut [Sequence<'_>], sink: &dyn Sink) -> Result<()> {
-        batch.iter().try_for_each(|sequence| sequence.check(&self.config, self.blocks.len()))?;
-        let (mut start, mut rest) = ((0, 0), batch.iter().map(Sequence::n_rows).sum());
-        while rest > 0 {
-            // One turn per chunk, so that a long text does not keep short ones waiting.
-            let pass = self.engine.pass();
-            let most = (ROWS_PER_THREAD * pass.parts(rest)).min(CHUNK);
-            // Chunks of one size: a last one of few tokens would cost as much as many.
-            let len = rest.div_ceil(rest.div_ceil(most)).next_multiple_of(TILE_ROWS).min(rest);
-            let (pieces, end) = next_chunk(batch, start, len);
-            let parts = deal(pieces, pass.parts(len), self.cost()).into_iter();
-            let mut parts: Vec<_> =
-                parts.map(|pieces| Part { pieces, work: self.take_workspace() }).collect();
-            self.chunk(&pass, &mut parts, batch, sink)?;
-            self.put_back(parts);
-            (start, rest) = (end, rest - len);
+        let depth = self.blocks.len();
+        batch.iter().try_for_each(|sequence| sequence.check(&self.config, depth))?;
+        let mut sequences: Vec<_> = (0..batch.len()).collect();
+        let mut streams = Vec::new();
+        let asks = sink.asks_after().map(|site| self.sites[site].layer + 1);
+        let mut read = 0;
+        if let Some(asks) = asks.filter(|&asks| asks < depth) {
+            streams.resize_with(batch.len(), Vec::new);
+            self.read(batch, &sequences, &(0..asks), &mut streams, sink)?;
+            let done = sequences.iter().map(|&i| sink.is_done(i)).collect::<Result<Vec<_>>>()?;
+            sequences.retain(|&i| !done[i]);
+            read = asks;
+        }
+        self.read(batch, &sequences, &(read..depth), &mut streams, sink)?;
+        for sequence in batch {
+            sequence.cache.input_ids.extend_from_slice(sequence.input_ids);
         }
         Ok(())
     }
 }
 
-/// The next `rows` rows from `(sequence, row)` on, and where the chunk after them starts. A readout comes right after
-/// the token before it; in a chunk they follow the tokens of their sequence.
+/// The next `rows` rows of some sequences, from row `start` of the `next`th of them on, and where the chunk after them
+/// starts. A readout comes right after the token before it; in a chunk they follow the tokens of their sequence.
 fn next_chunk<'a>(
     batch: &[Sequence<'a>],
-    (mut sequence, mut start): (usize, usize),
+    sequences: &[usize],
+    (mut next, mut start): (usize, usize),
     rows: usize,
 ) -> (Vec<Piece<'a>>, (usize, usize)) {
     let (mut pieces, mut row) = (Vec::new(), 0);
     while row < rows {
+        let sequence = sequences[next];
         let Sequence { input_ids, readouts, ref cache } = batch[sequence];
         let end = batch[sequence].n_rows().min(start + rows - row);
         // Readouts before a row of the sequence.
         let before = |row| readouts.iter().zip(0..).take_while(|(r, i)| r.after + i < row).count();
         let own = before(start)..before(end);
         let tokens = start - own.start..end - own.end;
-        let past = cache.len() - tokens.start;
+        let past = cache.len();
         if !tokens.is_empty() {
-            let (rows, first) = (row..row + tokens.len(), cache.len());
+            let (rows, first) = (row..row + tokens.len(), past + tokens.start);
             row = rows.end;
             pieces.push(Piece { sequence, tokens, rows, first, step: 1, probe: None });
         }
@@ -517,10 +569,10 @@ fn next_chunk<'a>(
         }
         start = end;
         if start == batch[sequence].n_rows() {
-            (sequence, start) = (sequence + 1, 0);
+            (next, start) = (next + 1, 0);
         }
     }
-    (pieces, (sequence, start))
+    (pieces, (next, start))
 }
 
 /// The pieces of a chunk for each of `parts` parts, which cost about the same: the first and the last of twice as

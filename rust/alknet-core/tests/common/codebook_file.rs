@@ -113,6 +113,25 @@ impl CodebookFile {
         self.closed_by(&json!({"every": every}))
     }
 
+    /// The same with a first stage, on the first site, that ends the reading above this p-value.
+    pub(crate) fn staged(mut self, above: f64) -> Self {
+        let early = |(name, tensor): (&String, &Tensor)| {
+            let columns =
+                |numbers: &[u8]| numbers.chunks(16).step_by(2).flatten().copied().collect();
+            let (shape, data) = match name.as_str() {
+                "mean" => (vec![HIDDEN_SIZE], columns(&tensor.data)),
+                "components" => (vec![N_COMPONENTS, HIDDEN_SIZE], columns(&tensor.data)),
+                _ => (tensor.shape.clone(), tensor.data.clone()),
+            };
+            (format!("early.{name}"), Tensor { dtype: "F32", shape, data })
+        };
+        let own: Vec<_> =
+            self.tensors.iter().filter(|(name, _)| *name != "closing").map(early).collect();
+        self.tensors.extend(own);
+        self.metadata.insert("early".to_owned(), json!({"sites": 1, "above": above}).to_string());
+        self
+    }
+
     fn closed_by(mut self, closing: &serde_json::Value) -> Self {
         self.metadata.insert("closing".to_owned(), closing.to_string());
         if let Some(weights) = self.tensors.get_mut("direction_weights") {

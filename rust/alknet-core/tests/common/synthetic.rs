@@ -1,8 +1,11 @@
 //! An engine without a model: the activations of a token are its own and a trace of those before it.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use alknet_core::{
@@ -29,13 +32,22 @@ pub(crate) struct Synthetic {
     pub(crate) loudness: Loudness,
     /// Tokens read so far, by all sequences.
     pub(crate) work: Arc<AtomicUsize>,
+    /// Tokens and readouts of which all sites have been handed over.
+    pub(crate) deep: Arc<AtomicUsize>,
 }
 
 impl Synthetic {
     /// As `CodebookFile::valid` needs it.
     pub(crate) fn new(loudness: Loudness) -> Self {
         let sites = ["1.resid_post", "3.mlp_out"].map(|site| site.parse().unwrap()).to_vec();
-        Self { sites, hidden_size: 4, max_position_embeddings: 64, loudness, work: Arc::default() }
+        Self {
+            sites,
+            hidden_size: 4,
+            max_position_embeddings: 64,
+            loudness,
+            work: Arc::default(),
+            deep: Arc::default(),
+        }
     }
 
     /// Activations of the last of `read`, at any site.
@@ -99,11 +111,22 @@ impl Backend for Synthetic {
                 };
                 rows.push(self.row(&[&read[..past + after], &[*token]].concat()));
             }
-            for (run, rows) in rows.chunks(RUN).enumerate() {
-                for site in 0..self.sites.len() {
-                    sink.rows(index, site, run * RUN, &rows.concat())?;
-                }
+            let hand_over = |sites: Range<usize>| {
+                let mut runs = rows.chunks(RUN).enumerate();
+                let each = |(run, rows): (usize, &[Vec<f32>])| {
+                    sites
+                        .clone()
+                        .try_for_each(|site| sink.rows(index, site, run * RUN, &rows.concat()))
+                };
+                runs.try_for_each(each)
+            };
+            let asked = sink.asks_after().map_or(0, |site| site + 1);
+            hand_over(0..asked)?;
+            if asked > 0 && sink.is_done(index)? {
+                continue;
             }
+            hand_over(asked..self.sites.len())?;
+            self.deep.fetch_add(rows.len(), Ordering::Relaxed);
         }
         Ok(())
     }

@@ -25,6 +25,17 @@ struct Collected {
     numbers: Mutex<Vec<Vec<Vec<f32>>>>,
 }
 
+impl Collected {
+    /// Room for a batch.
+    fn new(backend: &dyn Backend, batch: &[Sequence<'_>]) -> Self {
+        let hidden_size = backend.hidden_size();
+        let empty = |sequence: &Sequence<'_>| {
+            vec![vec![f32::NAN; sequence.n_rows() * hidden_size]; backend.sites().len()]
+        };
+        Self { hidden_size, numbers: Mutex::new(batch.iter().map(empty).collect()) }
+    }
+}
+
 impl Sink for Collected {
     fn rows(&self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
         let numbers = &mut self.numbers.lock().unwrap()[sequence][site];
@@ -51,19 +62,22 @@ fn read_beside(
     texts: &[(&[TokenId], &[Readout<'_>])],
     caches: &mut [KvCache],
 ) -> Vec<Vec<Vec<f32>>> {
-    let hidden_size = backend.hidden_size();
-    let mut batch: Vec<_> = texts
-        .iter()
-        .zip(caches)
-        .map(|((input_ids, readouts), cache)| Sequence { input_ids, readouts, cache })
-        .collect();
-    let empty = |sequence: &Sequence<'_>| {
-        vec![vec![f32::NAN; sequence.n_rows() * hidden_size]; backend.sites().len()]
-    };
-    let numbers = Mutex::new(batch.iter().map(empty).collect());
-    let sink = Collected { hidden_size, numbers };
+    let mut batch = sequences(texts, caches);
+    let sink = Collected::new(backend, &batch);
     backend.forward(&mut batch, &sink).unwrap();
     sink.numbers.into_inner().unwrap()
+}
+
+fn sequences<'a>(
+    texts: &[(&'a [TokenId], &'a [Readout<'a>])],
+    caches: &'a mut [KvCache],
+) -> Vec<Sequence<'a>> {
+    let pairs = texts.iter().zip(caches);
+    pairs.map(|((input_ids, readouts), cache)| Sequence { input_ids, readouts, cache }).collect()
+}
+
+fn new_caches(backend: &dyn Backend, n: usize) -> Vec<KvCache> {
+    std::iter::repeat_with(|| backend.new_cache()).take(n).collect()
 }
 
 /// Reads one text from its start; `[site][tokens · hidden_size]`.
@@ -319,6 +333,67 @@ fn what_is_read_beside_a_text_changes_no_bit_of_it_and_is_the_same_however_it_is
     }
 }
 
+/// Wants nothing of every other sequence after the site of this index.
+struct Half(Collected, usize);
+
+impl Sink for Half {
+    fn rows(&self, sequence: usize, site: usize, first: usize, rows: &[f32]) -> Result<()> {
+        self.0.rows(sequence, site, first, rows)
+    }
+
+    fn asks_after(&self) -> Option<usize> {
+        Some(self.1)
+    }
+
+    fn is_done(&self, sequence: usize) -> Result<bool> {
+        let numbers = &self.0.numbers.lock().unwrap()[sequence];
+        assert!(numbers[..=self.1].iter().flatten().all(|x| !x.is_nan()), "asked too early");
+        Ok(sequence % 2 == 1)
+    }
+}
+
+#[test]
+fn a_sequence_that_is_done_changes_no_bit_of_the_others() {
+    let model = RandomModel::new(144, 384, 9, 3, 16);
+    let sites = every_site(3);
+    let probe = learned(3, 144);
+    // Some have more rows than a chunk, which are asked about when all have been read.
+    let texts: Vec<_> = [9, 40, CHUNK + 30, CHUNK + 9, 70].map(|len| text(len, len)).into();
+    let beside = texts.iter().map(|ids| readouts([1, ids.len()], &probe)).collect::<Vec<_>>();
+    let pairs: Vec<_> = texts.iter().zip(&beside).map(|(ids, own)| (&ids[..], &own[..])).collect();
+    for isa in Isa::available().filter(|isa| *isa != Isa::Scalar) {
+        for threads in [1, 2] {
+            let backend = model.backend(&sites, threads, isa);
+            let expected = read_beside(&backend, &pairs, &mut new_caches(&backend, texts.len()));
+            // The third of block 0 is its residual stream.
+            let asked = 2;
+            let mut caches = new_caches(&backend, texts.len());
+            let mut batch = sequences(&pairs, &mut caches);
+            let sink = Half(Collected::new(&backend, &batch), asked);
+            backend.forward(&mut batch, &sink).unwrap();
+            let found = sink.0.numbers.into_inner().unwrap();
+            for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let read = if i % 2 == 1 { asked + 1 } else { sites.len() };
+                assert_eq!(found[..read], expected[..read], "{isa}, sequence {i}");
+                assert!(found[read..].iter().flatten().all(|x| x.is_nan()));
+            }
+            // What was left unfinished cannot be read on.
+            let [_, done, open, ..] = &mut caches[..] else { unreachable!() };
+            let more = |cache| backend.forward(&mut [Sequence::new(&[5], cache)], &Discarded);
+            assert!(matches!(more(done), Err(Error::Inference(_))));
+            more(open).unwrap();
+        }
+    }
+}
+
+struct Discarded;
+
+impl Sink for Discarded {
+    fn rows(&self, _: usize, _: usize, _: usize, _: &[f32]) -> Result<()> {
+        Ok(())
+    }
+}
+
 #[test]
 fn readouts_are_in_the_chunk_of_the_token_before_them() {
     let (mut caches, ids) = ([KvCache::new(1), KvCache::new(1)], text(40, 1));
@@ -336,7 +411,7 @@ fn readouts_are_in_the_chunk_of_the_token_before_them() {
         let (step, probe) = (readouts_by.unwrap_or(1), readouts_by.map(|_| &probes[sequence]));
         Piece { sequence, tokens, rows, first, step, probe }
     };
-    let (pieces, end) = next_chunk(&batch, (0, 0), 40);
+    let (pieces, end) = next_chunk(&batch, &[0, 1], (0, 0), 40);
     assert_eq!(
         pieces,
         [
@@ -346,8 +421,7 @@ fn readouts_are_in_the_chunk_of_the_token_before_them() {
             piece(1, 40..41, 39, 5, Some(1)),
         ]
     );
-    batch[1].cache.input_ids.extend(&ids[..7]);
-    let (pieces, end) = next_chunk(&batch, end, 35);
+    let (pieces, end) = next_chunk(&batch, &[0, 1], end, 35);
     assert_eq!(pieces, [piece(1, 7..40, 0, 12, None), piece(1, 41..43, 33, 21, Some(24)),]);
     assert_eq!(end, (2, 0));
 }
