@@ -357,6 +357,17 @@ def compiled(corpus, tiny_folder, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def ended_by_the_first_stage(corpus, tiny_folder, tmp_path_factory) -> Path:
+    """A codebook whose first stage ends the reading of nearly every text."""
+    out = tmp_path_factory.mktemp("early") / "codebook.safetensors"
+    options = dataclasses.replace(OPTIONS, early_above=1e-13)
+    codebook.compile_codebook(
+        closed(corpus), tiny_folder, out, layout=CLOSED_LAYOUT, options=options
+    )
+    return out
+
+
 class TestCompile:
     def test_the_library_accepts_it(self, compiled, corpus):
         metadata = _core.inspect_codebook(str(compiled))
@@ -407,14 +418,42 @@ class TestCompile:
         )
         assert other.read_bytes() != compiled.read_bytes()
 
-    @pytest.mark.parametrize("text", BENIGN)
-    def test_the_library_scores_as_calibration_does(self, compiled, tiny_folder, text):
+    def test_the_first_stage_reads_the_first_site(self, compiled):
         from safetensors.numpy import load_file
 
         tensors, metadata = load_file(compiled), _core.inspect_codebook(str(compiled))
+        assert json.loads(metadata["early"]) == {"sites": 1, "above": 0.5}
+        early = {name.removeprefix("early.") for name in tensors if name.startswith("early.")}
+        assert early == {name for name in tensors if not name.startswith("early.")}
+        assert tensors["early.components"].shape[1] == HIDDEN_SIZE
+
+    @pytest.mark.parametrize("sites", [("1.resid_post",), ("1.resid_post", "0.attn_out")])
+    def test_there_is_no_first_stage_where_no_site_is_before_another(
+        self, corpus, tiny_folder, tmp_path, sites
+    ):
+        layout = dataclasses.replace(TINY_LAYOUT, sites=sites)
+        width = len(sites) * HIDDEN_SIZE
+        windows = dataclasses.replace(corpus.windows, x=corpus.windows.x[:, :width])
+        narrow = dataclasses.replace(corpus, windows=windows)
+        out = tmp_path / "codebook.safetensors"
+        codebook.compile_codebook(narrow, tiny_folder, out, layout=layout, options=OPTIONS)
+        assert "early" not in _core.inspect_codebook(str(out))
+
+    @pytest.mark.parametrize("text", BENIGN)
+    @pytest.mark.parametrize("stage", ["", "early."])
+    def test_the_library_scores_as_calibration_does(
+        self, compiled, ended_by_the_first_stage, tiny_folder, text, stage
+    ):
+        from safetensors.numpy import load_file
+
+        compiled = ended_by_the_first_stage if stage else compiled
+        tensors, metadata = load_file(compiled), _core.inspect_codebook(str(compiled))
+        tensors = {
+            name.removeprefix(stage): x for name, x in tensors.items() if name.startswith(stage)
+        }
         reader = _core.Reader(str(tiny_folder), list(SITES))
         (x,) = reader.window_means([text], window=8, stride=4, max_tokens=64, closing=([0], 10))
-        z = (x - tensors["mean"]) @ tensors["components"].T
+        z = (x[:, : len(tensors["mean"])] - tensors["mean"]) @ tensors["components"].T
         *terms, closing = tensors["direction_weights"][:, 0] @ z.T
         n_tokens = min(reader.count_tokens(text), 64)
         n_windows = len(x) - -(-n_tokens // 10)
@@ -428,7 +467,8 @@ class TestCompile:
         knots, values = (tensors[f"null_{part}"][unknown, length] for part in ("knots", "values"))
         statistic = np.array([largest + tensors["direction_bias"][0]])
         (expected,) = 10 ** -null.pchip_linear_above(knots, values, statistic)
-        alarm = Firewall(tiny_folder, codebook_path=compiled).screen(text)
+        firewall = Firewall(tiny_folder, codebook_path=compiled, early_exit=bool(stage))
+        alarm = firewall.screen(text)
         # A twentieth of the error budget is the novelty's.
         by_novelty = max(alarm.novelty_p_value / 0.05, 0.00101)
         assert alarm.p_value == pytest.approx(min(expected / 0.95, by_novelty, 1), rel=0.02)
@@ -456,8 +496,9 @@ class TestCompile:
         before, after = load_file(compiled), load_file(out)
         changed = {name for name in before if not np.array_equal(before[name], after[name])}
         assert before.keys() == after.keys()
-        assert changed <= {"null_knots", "null_values", "novelty_knots", "novelty_values"}
-        assert "null_knots" in changed
+        nulls = {"null_knots", "null_values", "novelty_knots", "novelty_values"}
+        assert changed <= nulls | {f"early.{name}" for name in nulls}
+        assert {"null_knots", "early.null_knots"} <= changed
         metadata = _core.inspect_codebook(str(out))
         assert json.loads(metadata["null_calibration"])["rows"] == len(ordinary)
 
@@ -472,6 +513,24 @@ def report(corpus):
     return evaluate(corpus, OPTIONS, detector="tiny")
 
 
+class TestFirstStage:
+    def test_it_ends_the_reading_of_ordinary_texts(self, corpus, report):
+        # Attacks stand out along an axis of the first site.
+        staged = evaluate(corpus, OPTIONS, detector="tiny", sites=SITES)
+        early = staged["early"]
+        assert 0.2 < early["benign"] < 0.6
+        assert early["public"] == early["benign"]
+        assert early["caught"] <= early["attacks"] < 0.05
+        assert "an early exit would end" in table(staged)
+        # All other figures are those of the whole.
+        assert staged["folds"] == report["folds"]
+        assert staged["reliability"] == report["reliability"]
+
+    def test_there_may_be_none(self, report):
+        assert report["early"] is None
+        assert "early exit" not in table(report)
+
+
 def rows_of(report: dict, part: str) -> int:
     return sum(own["rows"] for own in report[part].values())
 
@@ -480,7 +539,7 @@ class TestEvaluate:
     def test_the_keys(self, report):
         keys = (
             "folds mean_auroc worst_auroc mean_tpr_at_1pct_fpr benign attacks reliability detector "
-            "rows origins roc families languages lengths pairs thresholds"
+            "rows origins roc families languages lengths pairs thresholds early"
         )
         assert set(keys.split()) == report.keys()
         for origin in ("user", "document"):

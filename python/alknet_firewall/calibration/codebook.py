@@ -18,7 +18,7 @@ from .. import _core
 from ..errors import InputError
 from .activations import Layout, Learned
 from .corpus import Row, sha256_of
-from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
+from .crossfit import ORIGINS, Corpus, LeftOut, cross_fit, folds_of, has_early
 from .evaluate import quality
 from .fit import FitOptions, fit_scorer
 from .null import LENGTH_CLASSES, component_cdf
@@ -40,6 +40,9 @@ _BEHAVIOURS: dict[str, Callable[[Row], bool]] = {
     "jailbreak": lambda row: row.kind == "jailbreak",
     "extraction": lambda row: "extraction" in row.family,
 }
+
+# What names of tensors of the first stage begin with.
+_EARLY = "early."
 
 # Fewest attack texts from which a behaviour gets a direction of its own.
 _MIN_EXAMPLES = 100
@@ -66,21 +69,21 @@ def compile_codebook(
         If the corpus lacks attacks or benign text of an origin.
     """
     _check(corpus)
-    left_out = cross_fit(corpus, options, progress=progress)
-    scales, moments = corpus.scales(options), corpus.moments(options)
-    every = np.arange(len(corpus.rows))
-    fitted = fit_scorer(scales, corpus.labels, every, options, moments)
-    tensors = {"mean": fitted.mean, "components": fitted.components}
-    z = project(fitted.mean, fitted.components, corpus.windows, corpus.windows.rows(every))
-    behaviours = _behaviours(corpus)
-    tensors |= _directions(corpus, fitted, z, behaviours.values())
-    tensors |= _distributions(corpus, z, np.flatnonzero(~corpus.attack))
-    tensors |= _novelty_null(corpus, z)
-    tensors |= _nulls(corpus, left_out)
+    early, tensors = None, {}
+    if has_early(options, layout.sites):
+        # Let go of before the rest begins: it takes half as much memory as that.
+        first = corpus.at_first(options.early_sites / len(layout.sites))
+        early, own = _stage(first, options, progress)
+        tensors = {_EARLY + name: tensor for name, tensor in own.items()}
+        del first
+    whole, own = _stage(corpus, options, progress)
+    tensors |= own
+    left_out = LeftOut(whole, early, options.early_above)
     if isinstance(layout.closing, Learned):
         tensors["closing"] = layout.closing.vectors[-1]
-    directions = [{"name": name, "scored": True} for name in _SCORED[: len(fitted.bias)]]
-    directions += [{"name": name, "scored": False} for name in behaviours]
+    scored = _SCORED[: len(tensors["direction_bias"]) - len(_behaviours(corpus))]
+    directions = [{"name": name, "scored": True} for name in scored]
+    directions += [{"name": name, "scored": False} for name in _behaviours(corpus)]
     counts = Counter((row.source, row.kind) for row in corpus.rows)
     metadata = _core.fingerprint(str(detector)) | {
         "format_version": "4",
@@ -106,7 +109,27 @@ def compile_codebook(
         ),
         "quality": json.dumps(quality(corpus, left_out)),
     }
+    if early is not None:
+        stage = {"sites": options.early_sites, "above": options.early_above}
+        metadata["early"] = json.dumps(stage)
     _write(out, tensors, metadata)
+
+
+def _stage(
+    corpus: Corpus, options: FitOptions, progress: Progress | None
+) -> tuple[Array, dict[str, Array]]:
+    """Left-out statistics ``(n_texts,)``, and the tensors of a stage that reads all of a corpus."""
+    left_out = cross_fit(corpus, options, progress=progress)
+    scales, moments = corpus.scales(options), corpus.moments(options)
+    every = np.arange(len(corpus.rows))
+    fitted = fit_scorer(scales, corpus.labels, every, options, moments)
+    tensors = {"mean": fitted.mean, "components": fitted.components}
+    z = project(fitted.mean, fitted.components, corpus.windows, corpus.windows.rows(every))
+    tensors |= _directions(corpus, fitted, z, _behaviours(corpus).values())
+    tensors |= _distributions(corpus, z, np.flatnonzero(~corpus.attack))
+    tensors |= _novelty_null(corpus, z)
+    tensors |= _nulls(corpus, left_out)
+    return left_out, tensors
 
 
 def _closing(layout: Layout) -> dict[str, int] | None:
@@ -135,29 +158,44 @@ def recalibrate(codebook: Path, corpus: Corpus, out: Path) -> None:
     tensors = load_file(codebook)
     metadata = _core.inspect_codebook(str(codebook))
     metadata.pop("n_components", None)
-    every = np.arange(len(corpus.rows))
-    z = project(tensors["mean"], tensors["components"], corpus.windows, corpus.windows.rows(every))
-    directions = json.loads(metadata["directions"])
-    scales = json.loads(metadata["scales"])
-    statistics = [
-        _statistics(corpus, z, tensors, directions, origin, scales)
-        for origin in json.loads(metadata["origins"])
-    ]
-    depth = _largest(corpus, _depth(z, tensors))
     classes = json.loads(metadata["length_classes"])
     if tuple(classes) != LENGTH_CLASSES:
         raise InputError(
             f"the codebook has length classes {classes}, this library makes {LENGTH_CLASSES}"
         )
-    nulls = [corpus.null(s, every) for s in statistics]
-    novelty = corpus.null(depth, every)
-    tensors["null_knots"] = np.stack([n[0] for n in nulls])
-    tensors["null_values"] = np.stack([n[1] for n in nulls])
-    tensors["novelty_knots"], tensors["novelty_values"] = novelty
+    if "early" in metadata:
+        n_sites = len(metadata["sites"].split(","))
+        first = corpus.at_first(json.loads(metadata["early"])["sites"] / n_sites)
+        own = {
+            name.removeprefix(_EARLY): x for name, x in tensors.items() if name.startswith(_EARLY)
+        }
+        tensors |= {_EARLY + name: x for name, x in _own_nulls(first, own, metadata).items()}
+    tensors |= _own_nulls(corpus, tensors, metadata)
     metadata["null_calibration"] = json.dumps(
         {"rows": len(corpus.rows), "sha256": sha256_of(corpus.rows)}
     )
     _write(out, tensors, metadata)
+
+
+def _own_nulls(
+    corpus: Corpus, tensors: Mapping[str, Array], metadata: Mapping[str, str]
+) -> dict[str, Array]:
+    """Nulls of a stage from all texts of a corpus, judged by the stage's own directions."""
+    every = np.arange(len(corpus.rows))
+    z = project(tensors["mean"], tensors["components"], corpus.windows, corpus.windows.rows(every))
+    directions, scales = json.loads(metadata["directions"]), json.loads(metadata["scales"])
+    statistics = [
+        _statistics(corpus, z, tensors, directions, origin, scales)
+        for origin in json.loads(metadata["origins"])
+    ]
+    nulls = [corpus.null(s, every) for s in statistics]
+    novelty = corpus.null(_largest(corpus, _depth(z, tensors)), every)
+    return {
+        "null_knots": np.stack([n[0] for n in nulls]),
+        "null_values": np.stack([n[1] for n in nulls]),
+        "novelty_knots": novelty[0],
+        "novelty_values": novelty[1],
+    }
 
 
 def _check(corpus: Corpus) -> None:

@@ -20,7 +20,16 @@ Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-__all__ = ["ORIGINS", "Corpus", "cross_fit", "folds_of", "numbered_folds"]
+__all__ = [
+    "ORIGINS",
+    "Corpus",
+    "LeftOut",
+    "cross_fit",
+    "cross_fit_stages",
+    "folds_of",
+    "has_early",
+    "numbered_folds",
+]
 
 # Origins that get a null of their own; None is that of texts whose origin is unknown.
 ORIGINS: tuple[str | None, ...] = ("user", "document", None)
@@ -72,6 +81,20 @@ class Corpus:
     def moments(self, options: FitOptions) -> list[dict[Group, Moments]]:
         """Moments of every group in each of `scales`; made once."""
         return [self._scale(n)[1] for n in self._readings(options)]
+
+    def at_first(self, share: float) -> Corpus:
+        """The same, read at the first sites alone: so large a part of the columns."""
+        width = round(self.windows.x.shape[1] * share)
+
+        def first(rows: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+            return None if rows is None else np.ascontiguousarray(rows[..., :width])
+
+        windows = replace(
+            self.windows,
+            x=np.ascontiguousarray(self.windows.x[:, :width]),
+            closing=first(self.windows.closing),
+        )
+        return replace(self, windows=windows, left_out_closing=first(self.left_out_closing))
 
     def without(self, fold: int) -> Corpus:
         """The same, read by nothing that was learned from a fold."""
@@ -136,6 +159,46 @@ def numbered_folds(rows: Sequence[Row]) -> dict[int, Bools]:
 def _third(row: Row) -> int:
     key = f"{row.source}\0{row.pair}" if row.pair else row.text
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[0] % _AUTHORED_FOLDS
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Left-out statistics of every text.
+
+    Attributes
+    ----------
+    whole : ndarray
+        ``(n_texts,)``: largest logit, of all sites.
+    early : ndarray, optional
+        ``(n_texts,)``: of the first stage, if there is one.
+    above : float
+        p-value above which that ends the reading.
+    """
+
+    whole: Array
+    early: Array | None = None
+    above: float = 1.0
+
+
+def cross_fit_stages(
+    corpus: Corpus,
+    options: FitOptions,
+    sites: Sequence[str],
+    *,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> LeftOut:
+    """`cross_fit` of both stages of a codebook that reads these sites."""
+    early = None
+    if has_early(options, sites):
+        first = corpus.at_first(options.early_sites / len(sites))
+        early = cross_fit(first, options, progress=progress)
+    return LeftOut(cross_fit(corpus, options, progress=progress), early, options.early_above)
+
+
+def has_early(options: FitOptions, sites: Sequence[str]) -> bool:
+    """Whether a codebook that reads these sites gets a first stage; its own come before others."""
+    layers, n = [int(site.split(".")[0]) for site in sites], options.early_sites
+    return 0 < n < len(layers) and max(layers[:n]) < min(layers[n:])
 
 
 def cross_fit(

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from .. import _core
 from ..evaluation.intervals import wilson
 from .corpus import is_authored
-from .crossfit import ORIGINS, Corpus, cross_fit, folds_of
+from .crossfit import ORIGINS, Corpus, LeftOut, cross_fit_stages, folds_of
 from .fit import FitOptions
 from .null import LENGTH_CLASSES, length_class, pchip_linear_above
 
@@ -44,11 +44,17 @@ def evaluate(
     options: FitOptions,
     *,
     detector: str,
+    sites: Sequence[str] = (),
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the recipe on left-out sources.
 
     Every figure is of left-out texts. Figures that nothing was left to compute from are None.
+
+    Parameters
+    ----------
+    sites : sequence of str
+        What the windows hold, side by side; where it is not said, there is no first stage.
 
     Returns
     -------
@@ -71,6 +77,10 @@ def evaluate(
             shares of benign texts that reach it, of those from public sources (``public``) and
             written for this project (``authored``), and that of attacks (``caught``), the mean
             over public sources of ten and more.
+        ``early``
+            What an early exit would do: shares of ``benign`` texts, of those from public sources
+            (``public``), of ``attacks`` and of those that alarm (``caught``) that the first stage
+            would end the reading of; None without such a stage. All else is without it.
         ``benign``
             Rates per source. Rates are ``rows``, ``suspicious`` (share SUSPICIOUS or worse) and
             ``dangerous`` (share DANGEROUS).
@@ -88,9 +98,9 @@ def evaluate(
 
         ``origins`` holds all of these per origin, on the rows of that origin, read as of it.
     """
-    logits = cross_fit(corpus, options, progress=progress)
+    left_out = cross_fit_stages(corpus, options, sites, progress=progress)
     folds = folds_of(corpus.rows)
-    measured = {origin: _measure_origin(corpus, logits, origin, folds) for origin in ORIGINS}
+    measured = {origin: _measure_origin(corpus, left_out, origin, folds) for origin in ORIGINS}
     report = measured.pop(None)
     report["origins"] = measured
     report["detector"] = detector
@@ -98,16 +108,10 @@ def evaluate(
     return report
 
 
-def quality(corpus: Corpus, left_out: Array) -> dict[str, Any]:
-    """The figures of `evaluate` that a codebook records: per fold and per source, origin unknown.
-
-    Parameters
-    ----------
-    left_out : ndarray
-        ``(n_texts,)``, from `cross_fit`.
-    """
+def quality(corpus: Corpus, left_out: LeftOut) -> dict[str, Any]:
+    """The figures of `evaluate` that a codebook records: per fold and source, origin unknown."""
     report = _measure_origin(corpus, left_out, None, folds_of(corpus.rows))
-    kept = ("folds", "mean_auroc", "worst_auroc", "mean_tpr_at_1pct_fpr", "reliability")
+    kept = ("folds", "mean_auroc", "worst_auroc", "mean_tpr_at_1pct_fpr", "reliability", "early")
     recorded = {name: report[name] for name in (*kept, "benign", "attacks")}
     for fold in recorded["folds"]:
         del fold["roc"]
@@ -116,7 +120,8 @@ def quality(corpus: Corpus, left_out: Array) -> dict[str, Any]:
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as text."""
-    parts = [_folds_table(report), _thresholds_table(report), _pairs_line(report)]
+    parts = [_folds_table(report), _thresholds_table(report)]
+    parts += [_early_line(report["early"]), _pairs_line(report)]
     parts.append(_rates_table("benign source", report["benign"]))
     parts.append(_rates_table("attack family", report["families"]))
     if "compiled" in report:
@@ -156,6 +161,13 @@ def _rates_table(name: str, rates: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def _early_line(early: Mapping[str, float | None] | None) -> str:
+    if early is None:
+        return ""
+    shares = ", ".join(f"{name} {_figure(share)}" for name, share in early.items())
+    return f"an early exit would end the reading of: {shares}"
+
+
 def _pairs_line(report: Mapping[str, Any]) -> str:
     number = sum(own["pairs"] for own in report["pairs"].values())
     higher = sum(own["pairs"] * own["higher"] for own in report["pairs"].values())
@@ -191,12 +203,40 @@ def _figure(value: float | None) -> str:
 
 
 def _measure_origin(
-    corpus: Corpus, logits: Array, origin: str | None, folds: list[Bools]
+    corpus: Corpus, left_out: LeftOut, origin: str | None, folds: list[Bools]
 ) -> dict[str, Any]:
     """Measures on the texts that could have an origin, read as texts of that origin."""
-    own = np.zeros(len(corpus.rows), dtype=bool)
-    own[corpus.of_origin(origin)] = True
-    return _measure(corpus, _log_p(corpus, logits, own, folds), folds, own)
+    own = _texts_of(corpus, origin)
+    x = _log_p(corpus, left_out.whole, own, folds)
+    measured = _measure(corpus, x, folds, own)
+    if left_out.early is None:
+        return measured | {"early": None}
+    return measured | {"early": _early(corpus, x, _ended(corpus, left_out, folds), own)}
+
+
+def _texts_of(corpus: Corpus, origin: str | None) -> Bools:
+    texts = np.zeros(len(corpus.rows), dtype=bool)
+    texts[corpus.of_origin(origin)] = True
+    return texts
+
+
+def _ended(corpus: Corpus, left_out: LeftOut, folds: list[Bools]) -> Bools:
+    """Texts that the first stage finds ordinary whatever their origin is."""
+    assert left_out.early is not None
+    own = [_log_p(corpus, left_out.early, _texts_of(corpus, o), folds) for o in ORIGINS]
+    ended: Bools = np.max(own, axis=0) < -np.log10(left_out.above)
+    return ended
+
+
+def _early(corpus: Corpus, x: Array, ended: Bools, own: Bools) -> dict[str, float | None]:
+    public = np.array([not is_authored(source) for source in corpus.sources])
+    texts = {
+        "benign": ~corpus.attack,
+        "public": ~corpus.attack & public,
+        "attacks": corpus.attack,
+        "caught": corpus.attack & (x >= _SUSPICIOUS),
+    }
+    return {name: _mean(ended[own & these].tolist()) for name, these in texts.items()}
 
 
 def _log_p(corpus: Corpus, logits: Array, own: Bools, folds: list[Bools]) -> Array:

@@ -88,6 +88,10 @@ class FitOptions:
     foreign_shift: float = -4.9
     # Fewest attacks in other languages from which they get a direction.
     foreign_attacks: int = 200
+    # Sites of the first stage, fewer than all; none, and there is no such stage.
+    early_sites: int = 1
+    # p-value above which it ends the reading of a text.
+    early_above: float = 0.5
 
 
 def fit_scorer(

@@ -178,7 +178,8 @@ def evaluate_recipe(
     # Loaded first, so that a detector without a usable codebook fails before the work begins.
     firewall = _default_firewall(detector, codebook) if compiled else None
     corpus = load_corpus(detector, paths, layout, progress=progress, **corpus_options)
-    report = evaluate(corpus, options, detector=detector.name, progress=progress)
+    name = detector.name
+    report = evaluate(corpus, options, detector=name, sites=layout.sites, progress=progress)
     if firewall is not None:
         report["compiled"] = measure_detector(firewall, progress=progress)
     return report
