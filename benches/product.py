@@ -162,12 +162,13 @@ def _stages(detector: str, tokens: list[int], seconds: float) -> dict[str, Any]:
     """Medians of a screening and of its parts, in milliseconds."""
     from alknet_firewall import Firewall
 
-    firewall = Firewall(detector)
+    firewall, early = Firewall(detector), Firewall(detector, early_exit=True)
     count = _token_counter(detector, firewall.sites)
 
     def split(text: str) -> dict[str, float]:
         calls: dict[str, Callable[[str], object]]
         calls = {"tokenize": count, "activations": firewall.activations, "screen": firewall.screen}
+        calls["early_exit"] = early.screen
         times: dict[str, list[float]] = {name: [] for name in calls}
         end = time.perf_counter() + 2 * seconds
         while len(times["screen"]) < 4 or time.perf_counter() < end:
@@ -181,7 +182,7 @@ def _stages(detector: str, tokens: list[int], seconds: float) -> dict[str, Any]:
         forward = ms["activations"] - ms["tokenize"]
         other = ms["screen"] - ms["activations"]
         parts = {"tokenize": ms["tokenize"], "forward": forward, "other": other}
-        return parts | {"screen": ms["screen"]}
+        return parts | {name: ms[name] for name in ("screen", "early_exit")}
 
     short = split(texts.words(WORDS))
     return {

@@ -107,10 +107,10 @@ def _product(result: dict[str, Any]) -> Iterator[str]:
         f"{short['ratio']:.2f} of its forward pass"
     )
     yield "\nwhere a screening's time goes, ms"
-    columns = ("tokenize", "forward", "other", "screen")
-    yield f"{'tokens':<10}" + "".join(f"{name:>12}" for name in columns)
+    columns = ("tokenize", "forward", "other", "screen", "early_exit")
+    yield f"{'tokens':<10}" + "".join(f"{name:>15}" for name in columns)
     for n, stages in result["stages_ms"].items():
-        yield f"{n:<10}" + "".join(f"{stages[name]:>12.3f}" for name in columns)
+        yield f"{n:<10}" + "".join(f"{stages[name]:>15.3f}" for name in columns)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
