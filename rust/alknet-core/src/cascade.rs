@@ -28,6 +28,8 @@ pub(crate) struct Looks {
     pub(crate) tokens: Vec<Projections>,
     /// `[n_closings, n_components]`.
     pub(crate) closings: Vec<Projections>,
+    /// Its frames where the engine has asked, and the first stage suffices.
+    done: Option<Vec<FrameScore>>,
 }
 
 impl Looks {
@@ -49,6 +51,9 @@ impl Looks {
     /// # Errors
     /// As [`score::frames`].
     pub(crate) fn frames(&self, codebook: &Codebook) -> Result<Vec<FrameScore>> {
+        if let Some(frames) = &self.done {
+            return Ok(frames.clone());
+        }
         if let (Some(early), [_, tokens], [_, closings]) =
             (&codebook.early, &self.tokens[..], &self.closings[..])
         {
@@ -96,22 +101,11 @@ impl<'a> Cascade<'a> {
         }
     }
 
-    /// Frames of every piece, once the engine is done.
-    ///
-    /// # Errors
-    /// As [`score::frames`].
-    pub(crate) fn into_frames(mut self) -> Result<Vec<Vec<FrameScore>>> {
-        let done = std::mem::take(self.done.get_mut().unwrap_or_else(PoisonError::into_inner));
-        let codebook = self.codebook;
-        let looks = self.into_looks().into_iter();
-        let frames =
-            |(done, looks): (Option<_>, Looks)| done.map_or_else(|| looks.frames(codebook), Ok);
-        done.into_iter().zip(looks).map(frames).collect()
-    }
-
     /// Projections of every piece, once the engine is done.
     pub(crate) fn into_looks(self) -> Vec<Looks> {
-        let mut looks = vec![Looks::default(); self.n_tokens.len()];
+        let done = self.done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut looks: Vec<_> =
+            done.into_iter().map(|done| Looks { done, ..Looks::default() }).collect();
         for (projector, stage) in self.projectors.into_iter().zip(stages(self.codebook)) {
             let sequences = projector.into_sequences().into_iter().zip(&self.n_tokens);
             for (looks, (mut rows, n_tokens)) in looks.iter_mut().zip(sequences) {

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     alarm::{self, Alarm, AlarmLevel, Reason, Signal, Span, Thresholds},
     batcher::Batcher,
-    cascade::Cascade,
+    cascade::{Cascade, Looks},
     codebook::{Codebook, DirectionInfo, Fingerprint, Origin},
     error::{Error, Result},
     model::{Backend, Probe, TokenId, config::read_json, weights::Weights},
@@ -56,7 +56,7 @@ pub struct Input<'a> {
 /// A loaded detector: immutable, shared by all threads.
 pub struct Firewall {
     reader: Reader,
-    batcher: Batcher<Vec<FrameScore>>,
+    batcher: Batcher<Looks>,
     codebook: Codebook,
     thresholds: Thresholds,
     max_tokens: Option<usize>,
@@ -257,24 +257,24 @@ impl Firewall {
         Ok(())
     }
 
-    /// Frames of some pieces, from a pass that others may share.
+    /// Runs the engine over some pieces, in a pass that others may share, and scores their frames.
     fn pass(&self, cases: &mut [Case<'_>], pieces: &[(usize, usize)]) -> Result<()> {
         let input_ids: Vec<_> = pieces.iter().map(|&(c, p)| cases[c].input_ids(p)).collect();
-        let frames = self.batcher.read(&input_ids, &|input_ids| self.frames(input_ids))?;
-        for (&(c, p), frames) in pieces.iter().zip(frames) {
-            cases[c].pieces[p].frames = frames;
+        let looks = self.batcher.read(&input_ids, &|input_ids| self.look(input_ids))?;
+        for (&(c, p), looks) in pieces.iter().zip(looks) {
+            cases[c].pieces[p].frames = looks.frames(&self.codebook)?;
         }
         Ok(())
     }
 
-    /// Runs the engine over some pieces and scores their frames.
-    fn frames(&self, input_ids: &[&[TokenId]]) -> Result<Vec<Vec<FrameScore>>> {
+    /// Runs the engine over some pieces.
+    fn look(&self, input_ids: &[&[TokenId]]) -> Result<Vec<Looks>> {
         let closing = self.codebook.closing.as_ref();
         let readouts = |n_tokens| closing.map_or(0, |closing| closing.count(n_tokens));
         let sizes: Vec<_> = input_ids.iter().map(|ids| (ids.len(), readouts(ids.len()))).collect();
         let cascade = Cascade::new(&self.codebook, &sizes);
         self.reader.read(input_ids, closing, &cascade)?;
-        cascade.into_frames()
+        Ok(cascade.into_looks())
     }
 
     /// Combines all looks at one text into its alarm.
