@@ -7,7 +7,10 @@
 //!
 //! Source: Viola & Jones 2001, "Rapid object detection using a boosted cascade of simple features".
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    borrow::Cow,
+    sync::{Mutex, PoisonError},
+};
 
 use crate::{
     codebook::{Codebook, Early},
@@ -28,8 +31,8 @@ pub(crate) struct Looks {
     pub(crate) tokens: Vec<Projections>,
     /// `[n_closings, n_components]`.
     pub(crate) closings: Vec<Projections>,
-    /// Its frames where the engine has asked, and the first stage suffices.
-    done: Option<Vec<FrameScore>>,
+    /// Its frames by the first stage, where the engine has asked.
+    early: Option<Vec<FrameScore>>,
 }
 
 impl Looks {
@@ -51,15 +54,15 @@ impl Looks {
     /// # Errors
     /// As [`score::frames`].
     pub(crate) fn frames(&self, codebook: &Codebook) -> Result<Vec<FrameScore>> {
-        if let Some(frames) = &self.done {
-            return Ok(frames.clone());
-        }
         if let (Some(early), [_, tokens], [_, closings]) =
             (&codebook.early, &self.tokens[..], &self.closings[..])
         {
-            let frames = score::frames(&early.codebook, tokens, closings)?;
+            let frames = match &self.early {
+                Some(frames) => Cow::Borrowed(frames),
+                None => Cow::Owned(score::frames(&early.codebook, tokens, closings)?),
+            };
             if suffice(&frames, early) {
-                return Ok(frames);
+                return Ok(frames.into_owned());
             }
         }
         score::frames(codebook, &self.tokens[0], &self.closings[0])
@@ -85,8 +88,8 @@ pub(crate) struct Cascade<'a> {
     /// Tokens of every piece.
     n_tokens: Vec<usize>,
     projectors: Vec<Projector<'a>>,
-    /// Frames of the pieces that the first stage suffices for.
-    done: Mutex<Vec<Option<Vec<FrameScore>>>>,
+    /// Frames by the first stage, of the pieces that the engine has asked about.
+    early: Mutex<Vec<Option<Vec<FrameScore>>>>,
 }
 
 impl<'a> Cascade<'a> {
@@ -97,15 +100,15 @@ impl<'a> Cascade<'a> {
             codebook,
             n_tokens: pieces.iter().map(|&(tokens, _)| tokens).collect(),
             projectors: stages(codebook).map(|stage| Projector::new(stage, &n_rows)).collect(),
-            done: Mutex::new(vec![None; pieces.len()]),
+            early: Mutex::new(vec![None; pieces.len()]),
         }
     }
 
     /// Projections of every piece, once the engine is done.
     pub(crate) fn into_looks(self) -> Vec<Looks> {
-        let done = self.done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let early = self.early.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut looks: Vec<_> =
-            done.into_iter().map(|done| Looks { done, ..Looks::default() }).collect();
+            early.into_iter().map(|early| Looks { early, ..Looks::default() }).collect();
         for (projector, stage) in self.projectors.into_iter().zip(stages(self.codebook)) {
             let sequences = projector.into_sequences().into_iter().zip(&self.n_tokens);
             for (looks, (mut rows, n_tokens)) in looks.iter_mut().zip(sequences) {
@@ -137,10 +140,7 @@ impl Sink for Cascade<'_> {
             score::frames(&early.codebook, &rows[..n], &rows[n..])
         })?;
         let done = suffice(&frames, early);
-        if done {
-            let mut all = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-            all[sequence] = Some(frames);
-        }
+        self.early.lock().unwrap_or_else(PoisonError::into_inner)[sequence] = Some(frames);
         Ok(done)
     }
 }
