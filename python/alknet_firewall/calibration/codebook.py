@@ -18,7 +18,7 @@ from .. import _core
 from ..errors import InputError
 from .activations import Layout, Learned
 from .corpus import Row, sha256_of
-from .crossfit import ORIGINS, Corpus, LeftOut, cross_fit, folds_of, has_early
+from .crossfit import ORIGINS, Corpus, LeftOut, cross_fit, first_stage, folds_of
 from .evaluate import quality
 from .fit import FitOptions, fit_scorer
 from .null import LENGTH_CLASSES, component_cdf
@@ -69,21 +69,21 @@ def compile_codebook(
         If the corpus lacks attacks or benign text of an origin.
     """
     _check(corpus)
-    early, tensors = None, {}
-    if has_early(options, layout.sites):
-        # Let go of before the rest begins: it takes half as much memory as that.
-        first = corpus.at_first(options.early_sites / len(layout.sites))
+    first, early, tensors = first_stage(corpus, options, layout.sites), None, {}
+    if first is not None:
         early, own = _stage(first, options, progress)
         tensors = {_EARLY + name: tensor for name, tensor in own.items()}
+        # Let go of before the rest begins: it takes half as much memory as that.
         del first
     whole, own = _stage(corpus, options, progress)
     tensors |= own
     left_out = LeftOut(whole, early, options.early_above)
     if isinstance(layout.closing, Learned):
         tensors["closing"] = layout.closing.vectors[-1]
-    scored = _SCORED[: len(tensors["direction_bias"]) - len(_behaviours(corpus))]
+    behaviours = _behaviours(corpus)
+    scored = _SCORED[: len(tensors["direction_bias"]) - len(behaviours)]
     directions = [{"name": name, "scored": True} for name in scored]
-    directions += [{"name": name, "scored": False} for name in _behaviours(corpus)]
+    directions += [{"name": name, "scored": False} for name in behaviours]
     counts = Counter((row.source, row.kind) for row in corpus.rows)
     metadata = _core.fingerprint(str(detector)) | {
         "format_version": "4",

@@ -26,8 +26,8 @@ __all__ = [
     "LeftOut",
     "cross_fit",
     "cross_fit_stages",
+    "first_stage",
     "folds_of",
-    "has_early",
     "numbered_folds",
 ]
 
@@ -188,17 +188,23 @@ def cross_fit_stages(
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> LeftOut:
     """`cross_fit` of both stages of a codebook that reads these sites."""
-    early = None
-    if has_early(options, sites):
-        first = corpus.at_first(options.early_sites / len(sites))
+    first, early = first_stage(corpus, options, sites), None
+    if first is not None:
         early = cross_fit(first, options, progress=progress)
+        # Let go of before the rest begins: it takes half as much memory as that.
+        del first
     return LeftOut(cross_fit(corpus, options, progress=progress), early, options.early_above)
 
 
-def has_early(options: FitOptions, sites: Sequence[str]) -> bool:
-    """Whether a codebook that reads these sites gets a first stage; its own come before others."""
+def first_stage(corpus: Corpus, options: FitOptions, sites: Sequence[str]) -> Corpus | None:
+    """What the first stage of a codebook reads; None where it gets none.
+
+    The sites of a first stage come before the others.
+    """
     layers, n = [int(site.split(".")[0]) for site in sites], options.early_sites
-    return 0 < n < len(layers) and max(layers[:n]) < min(layers[n:])
+    if not 0 < n < len(layers) or max(layers[:n]) >= min(layers[n:]):
+        return None
+    return corpus.at_first(n / len(layers))
 
 
 def cross_fit(

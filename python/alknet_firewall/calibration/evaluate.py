@@ -100,7 +100,10 @@ def evaluate(
     """
     left_out = cross_fit_stages(corpus, options, sites, progress=progress)
     folds = folds_of(corpus.rows)
-    measured = {origin: _measure_origin(corpus, left_out, origin, folds) for origin in ORIGINS}
+    ended = _ended(corpus, left_out, folds)
+    measured = {
+        origin: _measure_origin(corpus, left_out.whole, ended, origin, folds) for origin in ORIGINS
+    }
     report = measured.pop(None)
     report["origins"] = measured
     report["detector"] = detector
@@ -110,7 +113,9 @@ def evaluate(
 
 def quality(corpus: Corpus, left_out: LeftOut) -> dict[str, Any]:
     """The figures of `evaluate` that a codebook records: per fold and source, origin unknown."""
-    report = _measure_origin(corpus, left_out, None, folds_of(corpus.rows))
+    folds = folds_of(corpus.rows)
+    ended = _ended(corpus, left_out, folds)
+    report = _measure_origin(corpus, left_out.whole, ended, None, folds)
     kept = ("folds", "mean_auroc", "worst_auroc", "mean_tpr_at_1pct_fpr", "reliability", "early")
     recorded = {name: report[name] for name in (*kept, "benign", "attacks")}
     for fold in recorded["folds"]:
@@ -203,15 +208,13 @@ def _figure(value: float | None) -> str:
 
 
 def _measure_origin(
-    corpus: Corpus, left_out: LeftOut, origin: str | None, folds: list[Bools]
+    corpus: Corpus, logits: Array, ended: Bools | None, origin: str | None, folds: list[Bools]
 ) -> dict[str, Any]:
     """Measures on the texts that could have an origin, read as texts of that origin."""
     own = _texts_of(corpus, origin)
-    x = _log_p(corpus, left_out.whole, own, folds)
-    measured = _measure(corpus, x, folds, own)
-    if left_out.early is None:
-        return measured | {"early": None}
-    return measured | {"early": _early(corpus, x, _ended(corpus, left_out, folds), own)}
+    x = _log_p(corpus, logits, own, folds)
+    early = None if ended is None else _early(corpus, x, ended, own)
+    return _measure(corpus, x, folds, own) | {"early": early}
 
 
 def _texts_of(corpus: Corpus, origin: str | None) -> Bools:
@@ -220,9 +223,10 @@ def _texts_of(corpus: Corpus, origin: str | None) -> Bools:
     return texts
 
 
-def _ended(corpus: Corpus, left_out: LeftOut, folds: list[Bools]) -> Bools:
-    """Texts that the first stage finds ordinary whatever their origin is."""
-    assert left_out.early is not None
+def _ended(corpus: Corpus, left_out: LeftOut, folds: list[Bools]) -> Bools | None:
+    """Texts that the first stage, if there is one, finds ordinary whatever their origin is."""
+    if left_out.early is None:
+        return None
     own = [_log_p(corpus, left_out.early, _texts_of(corpus, o), folds) for o in ORIGINS]
     ended: Bools = np.max(own, axis=0) < -np.log10(left_out.above)
     return ended
