@@ -50,6 +50,16 @@ def test_hardly_a_harmless_text_is_dangerous(alarms):
     assert sum(alarm.level is AlarmLevel.DANGEROUS for alarm in every) / len(every) <= 0.002
 
 
+@pytest.mark.parametrize(("origin", "rows", "most"), [("document", 112, 9), ("user", 50, 1)])
+def test_few_notices_and_follow_ups_alarm(fw, origin, rows, most):
+    """What machines send and pages are furnished with is full of orders to people."""
+    texts = [row["text"] for row in read("notices") if row["origin"] == origin]
+    every = fw.screen_batch(texts)
+    assert len(every) == rows
+    assert sum(map(bool, every)) <= most
+    assert not any(alarm.level is AlarmLevel.DANGEROUS for alarm in every)
+
+
 @pytest.fixture(scope="module")
 def coding_agents(fw):
     """Alarms of what coding agents read: harmless texts, and such with an order slipped in."""
